@@ -1,0 +1,45 @@
+# Every target sets up .venv by itself; a second call installs nothing.
+.PHONY: demo test check bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+
+demo: $(VENV)/.installed-all
+	@mkdir -p demo
+	$(BIN)/onnxc quantize models/digits_cnn.onnx \
+	  --data models/digits_cnn_calib.npz --val models/digits_cnn_val.npz \
+	  -o demo/digits_cnn.int8.onnx
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict -p onnxc -p passes -p calib
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.installed-dev
+	@set -e; for script in $(sort $(wildcard tests/bench/*.py)); do \
+	  echo "$$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf $(VENV) demo build dist
+
+# The stamps are newer than pyproject.toml exactly when the installed packages are up to date.
+$(VENV)/.installed-all: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[all]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $(VENV)/.installed-all $@
+
+$(BIN)/python:
+	@for python in $(CANDIDATES); do \
+	  if $$python -c '$(RECENT)' 2>/dev/null; then exec $$python -m venv $(VENV); fi; \
+	done; echo "onnxc needs Python 3.11 or newer; none of these is: $(CANDIDATES)" >&2; exit 1

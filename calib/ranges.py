@@ -1,0 +1,228 @@
+"""From statistics to the range (low, high) of a quantizer: one row of METHODS a criterion.
+
+A uniform quantizer of `bits` bits has N = 2**bits levels, s = (high - low) / (N - 1) apart,
+
+    q(x) = s * (clip(round(x / s) + z, 0, N - 1) - z),   z = round(-low / s).
+
+It must represent zero exactly (padding, ReLU), so every range has low <= 0 <= high. A symmetric
+range is (-a, a) with z in the middle.
+
+minmax      [min, max]: no clipping (Vanhoucke 2011; Jacob 2018).
+percentile  the values that leave (100 - p)/2 percent of the data on each side; symmetric: the p-th
+            percentile of |x| (Wu 2020, "Integer quantization", section 4).
+entropy     least KL(P || Q) = sum P log(P / Q), where P is the histogram inside the range with the
+            outliers added to its end bins and Q the same histogram averaged over the non-empty bins
+            of each level (Migacz 2017, "8-bit inference with TensorRT").
+mse         least E[(x - q(x))^2], clipping and rounding together, evaluated on the bins
+            (Sung 2015; Banner 2019 gives the closed forms for Gauss and Laplace).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.observers import SIDE, HistogramObserver, RangeObserver
+from onnxc.errors import OptionError
+
+Floats = NDArray[np.float64]
+CANDIDATES = 64  # ends of the range that one search line compares
+EMPTY = 1e-4  # counts that stand for an empty level, whose divergence would be infinite
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the range is for. percentile: percent of the data to keep, for that method."""
+
+    bits: int = 8
+    symmetric: bool = False
+    percentile: float = 99.99
+
+    @property
+    def levels(self) -> int:
+        return int(2**self.bits)
+
+
+def choose(
+    observer: HistogramObserver | RangeObserver,
+    method: str = "minmax",
+    bits: int = 8,
+    symmetric: bool = False,
+    percentile: float = 99.99,
+) -> tuple[float, float]:
+    """(low, high) with low <= 0 <= high; (0, 0) when no value, or nothing but zero, was seen.
+
+    A RangeObserver knows `minmax` only, and one with an axis gives the range over all channels.
+    Raises OptionError for an unknown method, or one that the observer cannot answer.
+    """
+    if method not in METHODS:
+        raise OptionError(f"range method {method!r} is unknown; use one of {', '.join(METHODS)}")
+    if not 0 < percentile <= 100:
+        raise OptionError(f"percentile {percentile} is not in (0, 100]; 99.99 is usual")
+    rule = Rule(bits, symmetric, percentile)
+    if method == "minmax":
+        return minmax(observer, rule)
+    if not isinstance(observer, HistogramObserver):
+        raise OptionError(f"range method {method!r} needs a histogram; only 'minmax' takes a range")
+    low, high = minmax(observer, rule)
+    if low == high or observer.binned == 0:
+        return low, high
+    low, high = METHODS[method](observer, rule)
+    return float(min(low, 0.0)), float(max(high, 0.0))
+
+
+def minmax(observer: HistogramObserver | RangeObserver, rule: Rule) -> tuple[float, float]:
+    """The smallest range that holds every value and zero."""
+    if observer.count == 0:
+        return 0.0, 0.0
+    low, high = min(float(np.min(observer.low)), 0.0), max(float(np.max(observer.high)), 0.0)
+    return (-max(-low, high), max(-low, high)) if rule.symmetric else (low, high)
+
+
+def percentile(observer: HistogramObserver, rule: Rule) -> tuple[float, float]:
+    """Quantiles of the histogram, linear within a bin."""
+    limits = minmax(observer, rule)
+    if rule.percentile == 100:
+        return limits
+    if rule.symmetric:
+        end = min(_quantile(_magnitudes(observer), 0, observer.width, rule.percentile), limits[1])
+        return -end, end
+    tail = (100 - rule.percentile) / 2
+    low = _quantile(observer.counts, 1 - SIDE, observer.width, tail)
+    high = _quantile(observer.counts, 1 - SIDE, observer.width, 100 - tail)
+    return max(low, limits[0]), min(high, limits[1])
+
+
+def _quantile(counts: NDArray[np.int64], first: int, width: float, percent: float) -> float:
+    edges = np.arange(first, first + len(counts) + 1, dtype=np.float64)
+    if first < 0:
+        edges[: 1 - first] -= 1  # bin j < 0 covers (j - 1, j], bin 0 (-1, 1), bin j > 0 [j, j + 1)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    return float(np.interp(below[-1] * percent / 100, below, edges) * width)
+
+
+def entropy(observer: HistogramObserver, rule: Rule) -> tuple[float, float]:
+    """The range that loses least information; the full one where bins are no finer than levels."""
+    counts = _magnitudes(observer) if rule.symmetric else observer.counts
+    levels = rule.levels // 2 if rule.symmetric else rule.levels
+    zero = 0 if rule.symmetric else SIDE - 1
+    low, high = minmax(observer, rule)
+    below, above = int(-low / observer.width), int(high / observer.width) + 1
+
+    def cost(lows: Floats, highs: Floats) -> Floats:
+        first = zero - (0 if rule.symmetric else 1) * np.rint(lows * below).astype(np.intp)
+        last = zero + np.maximum(np.rint(highs * above), 1).astype(np.intp)
+        return divergence(counts, first, last, levels)
+
+    shrink_low, shrink_high = _search(cost, low < 0, high > 0, rule.symmetric)
+    return low * shrink_low, high * shrink_high
+
+
+def divergence(
+    counts: NDArray[np.int64], first: NDArray[np.intp], last: NDArray[np.intp], levels: int
+) -> Floats:
+    """KL(P || Q) in nats of windows [first, last) of a histogram, each cut into `levels` levels.
+
+    counts: (bins,); first, last: (windows,); inf for a window with fewer bins than levels.
+    """
+    total = counts.sum()
+    below = _prefix(counts)
+    filled = _prefix(counts > 0)
+    entropy_of = _prefix(_x_log_x(counts))
+    cuts = first[:, None] + (np.arange(levels + 1) * (last - first)[:, None]) // levels
+    inside = np.diff(below[cuts], axis=1).astype(np.float64)
+    bins = np.diff(filled[cuts], axis=1)
+    mass = inside.copy()
+    p_log_p = entropy_of[last] - entropy_of[first]
+    for end, level, outliers in ((first, 0, below[first]), (last - 1, -1, total - below[last])):
+        mass[:, level] += outliers
+        bins[:, level] += (counts[end] == 0) & (outliers > 0)
+        p_log_p += _x_log_x(counts[end] + outliers) - _x_log_x(counts[end])
+    log_q = np.log(np.maximum(inside, EMPTY) / np.maximum(bins, 1))
+    kept = np.log(np.maximum(inside.sum(axis=1), EMPTY))
+    kl = (p_log_p - (mass * log_q).sum(axis=1)) / total - np.log(total) + kept
+    return np.where(last - first < levels, np.inf, kl)
+
+
+def mse(observer: HistogramObserver, rule: Rule) -> tuple[float, float]:
+    """The range of least expected squared error; both ends are searched."""
+    low, high = minmax(observer, rule)
+
+    def cost(lows: Floats, highs: Floats) -> Floats:
+        scale = (highs * high - lows * low) / (rule.levels - 1)
+        return squared_error(observer, scale, np.rint(-lows * low / scale), rule.levels)
+
+    shrink_low, shrink_high = _search(cost, low < 0, high > 0, rule.symmetric)
+    return low * shrink_low, high * shrink_high
+
+
+def squared_error(observer: HistogramObserver, scale: Floats, zero: Floats, levels: int) -> Floats:
+    """E[(x - q(x))^2] of quantizers of a tensor: scale (n,), zero point in 0 .. levels - 1 (n,)."""
+    filled = np.flatnonzero(observer.counts)
+    x = centres(observer)[filled]
+    weights = observer.counts[filled] / max(observer.binned, 1)
+    s, z = scale[:, None], zero[:, None]
+    error = x / s
+    np.rint(error, out=error)
+    np.clip(error, -z, levels - 1 - z, out=error)
+    error *= s
+    error -= x
+    np.square(error, out=error)
+    return np.asarray(error @ weights)
+
+
+def centres(observer: HistogramObserver) -> Floats:
+    """Middle of each of the 4,095 bins, within the seen minimum and maximum; zero for bin 0."""
+    j = np.arange(1 - SIDE, SIDE)
+    middle = (j + np.sign(j) / 2) * observer.width
+    return np.asarray(np.clip(middle, observer.low, observer.high) * (j != 0))
+
+
+def _search(
+    cost: Callable[[Floats, Floats], Floats], has_low: bool, has_high: bool, is_joint: bool
+) -> tuple[float, float]:
+    """Fractions of the full (low, high) with least cost, by line searches: both ends, then each.
+
+    A line is searched on a coarse grid, then on a fine one around its best point. Ties go to the
+    wider range.
+    """
+    ends = np.ones(2)
+    both, low_only, high_only = np.array([1, 1]), np.array([1, 0]), np.array([0, 1])
+    lines = [both] if is_joint or not (has_low and has_high) else [both, *[high_only, low_only] * 2]
+    coarse = np.arange(CANDIDATES, 0, -1) / CANDIDATES
+    fine = np.linspace(1, -1, CANDIDATES + 1) / CANDIDATES
+    for line in lines:
+        free = line == 1
+        for grid in (coarse, None):
+            steps = coarse if grid is not None else np.clip(ends[free][0] + fine, fine[0] / 32, 1)
+            points = np.concatenate([ends[None], np.where(free, steps[:, None], ends)])
+            ends = points[np.argmin(cost(points[:, 0], points[:, 1]))]
+    return float(ends[0]), float(ends[1])
+
+
+def _magnitudes(observer: HistogramObserver) -> NDArray[np.int64]:
+    """Histogram of |x|: 2,048 bins."""
+    folded = observer.counts[SIDE - 1 :].copy()
+    folded[1:] += observer.counts[SIDE - 2 :: -1]
+    return folded
+
+
+def _prefix(values: NDArray[Any]) -> NDArray[Any]:
+    """Sums of the first 0, 1, 2, ... values."""
+    return np.concatenate([[0], np.cumsum(values)])
+
+
+def _x_log_x(counts: NDArray[np.int64]) -> Floats:
+    return np.asarray(counts * np.log(np.maximum(counts, 1)))
+
+
+METHODS: dict[str, Callable[[HistogramObserver, Rule], tuple[float, float]]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "entropy": entropy,
+    "mse": mse,
+}

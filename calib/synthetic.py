@@ -1,0 +1,144 @@
+"""Made-up feeds for a model without data: seeded, of plausible shapes, no evidence of accuracy.
+
+Floats are standard normal, 8-bit integers cover their range, other integers are 0..9 (so that ids
+stay inside small tables), booleans are fair coins. Dynamic dimensions are guessed from their names,
+else from rank and position; the same symbol always gets the same size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from calib.inputs import Array, Axes, Dims, Feed, InputSpec, is_float, sample_axes
+from onnxc.errors import DataError, OptionError
+
+NAMES: tuple[tuple[str, int], ...] = (  # symbol of a dimension, matched in this order
+    (r"batch|^n$|^b$|^none$", 1),
+    (r"height|width|^[hw]$|^(in)?put_?[hw]$", 224),
+    (r"chan|^c$", 3),
+    (r"seq|len|tok|time|frame|^[tsl]$", 16),
+)
+PLACES: dict[tuple[int, int], int] = {  # (rank, axis)
+    **{(4, 1): 3, (4, 2): 224, (4, 3): 224},
+    **{(5, 1): 3, (5, 2): 16, (5, 3): 32, (5, 4): 32},
+}
+ELSEWHERE = 16
+WAVEFORM = 512  # samples of a float input [batch, time]
+VALUES = ((r"(^|_)sr$|sample_?rate", 16000), (r"mask", 1), (r"token_?type|segment", 0))
+IDS = 10  # made-up ids lie below
+
+
+def guessed_shapes(
+    inputs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """A concrete shape for every input: the given one, else the model's with its gaps guessed.
+
+    Raises OptionError when a given shape names no input or contradicts it, DataError when a rank is
+    unknown and no shape is given.
+    """
+    known = {i.name: i for i in inputs}
+    for name, shape in shapes.items():
+        _check_given(name, tuple(shape), known)
+    symbols = {
+        d: size
+        for name, shape in shapes.items()
+        for d, size in zip(known[name].shape or (), shape, strict=False)
+        if isinstance(d, str)
+    }
+    axes = sample_axes(inputs)
+    return {i.name: tuple(shapes.get(i.name) or _guess(i, axes, symbols)) for i in inputs}
+
+
+def _check_given(name: str, shape: tuple[int, ...], known: Mapping[str, InputSpec]) -> None:
+    if name not in known:
+        raise OptionError(f"shape for {name!r}: the model's inputs are {', '.join(known)}")
+    dims = known[name].shape
+    if dims is None:
+        return
+    if len(shape) != len(dims) or any(
+        isinstance(d, int) and d != size for d, size in zip(dims, shape, strict=True)
+    ):
+        raise OptionError(f"{known[name].expects}, so the shape {list(shape)} does not fit")
+
+
+def _guess(spec: InputSpec, axes: Axes, symbols: dict[str, int]) -> tuple[int, ...]:
+    if spec.shape is None:
+        raise DataError(f"{spec.expects}, which cannot be made up: give --data or its shape")
+    sizes = []
+    for axis, d in enumerate(spec.shape):
+        if d is None and axes[spec.name] is None:  # of a state: its batch
+            sizes.append(1)
+            continue
+        size = d if isinstance(d, int) else _guessed_size(spec, spec.shape, axis, symbols)
+        if isinstance(d, str):
+            symbols.setdefault(d, size)
+        sizes.append(size)
+    return tuple(sizes)
+
+
+def _guessed_size(spec: InputSpec, dims: Dims, axis: int, symbols: Mapping[str, int]) -> int:
+    symbol = dims[axis]
+    if isinstance(symbol, str) and symbol in symbols:
+        return symbols[symbol]
+    if len(dims) == 2 and axis == 1 and is_float(spec.dtype):
+        return WAVEFORM
+    for pattern, size in NAMES if isinstance(symbol, str) else ():
+        if re.search(pattern, str(symbol), re.IGNORECASE):
+            return size
+    if axis == 0:
+        return 1
+    if len(dims) == 4 and dims[3] in (1, 3) and axis < 3:  # channels last
+        return PLACES[4, axis + 1]
+    return PLACES.get((len(dims), axis), ELSEWHERE)
+
+
+class Synthetic:
+    """A source of made-up feeds; sample i depends on the seed and on i alone."""
+
+    labels: Array | None = None
+
+    def __init__(
+        self,
+        inputs: Sequence[InputSpec],
+        shapes: Mapping[str, tuple[int, ...]],
+        count: int,
+        seed: int,
+    ) -> None:
+        self._inputs, self._shapes, self._count, self._seed = inputs, shapes, count, seed
+        dims = "; ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        self.notes = [f"the input is synthesized (seed {seed}), not data: {dims}"]
+        self.skipped: dict[int, str] = {}
+        self.axes = sample_axes(inputs)
+        stacks = [shapes[name][axis] for name, axis in self.axes.items() if axis is not None]
+        self.rows = max(stacks, default=1)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def feed(self, index: int) -> Feed:
+        rng = np.random.default_rng((self._seed, index))
+        return {i.name: _drawn(i, self._shapes[i.name], rng) for i in self._inputs}
+
+    def content(self, index: int) -> Iterator[bytes]:
+        for name, array in self.feed(index).items():
+            yield f"{name}{array.dtype}{array.shape}".encode()
+            yield array.tobytes()
+
+
+def _drawn(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    if is_float(spec.dtype):
+        return np.asarray(rng.standard_normal(shape, np.float32), spec.dtype)
+    if spec.dtype.kind == "b":
+        return np.asarray(rng.integers(0, 2, shape), bool)
+    if spec.dtype.kind not in "iu":
+        raise DataError(f"{spec.expects}, which cannot be made up: give --data")
+    for pattern, value in VALUES:
+        if re.search(pattern, spec.name, re.IGNORECASE):
+            return np.full(shape, value, spec.dtype)
+    if spec.dtype.itemsize > 1:
+        return np.asarray(rng.integers(0, IDS, shape), spec.dtype)
+    info = np.iinfo(spec.dtype)
+    return np.asarray(rng.integers(info.min, info.max + 1, shape), spec.dtype)

@@ -1,0 +1,110 @@
+"""Latency of several models in one process, taken in turn: A B C A B C …
+
+On a busy machine the speed drifts by tens of percent within seconds. Taken in turn, every model
+sees the same drift, so the **ratio** of two models holds where their milliseconds do not:
+
+    ratio = median over rounds r of  t_reference[r] / t_candidate[r]      (above 1: faster)
+
+with the quartiles of the paired ratios as its spread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from onnxc.errors import OptionError
+from onnxc.runtime import Runtime, run, session
+
+Feed = dict[str, NDArray[Any]]
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency of one model, in milliseconds a run; `spread` = (p75 - p25) / p50."""
+
+    p10: float
+    p50: float
+    p90: float
+    spread: float
+    samples: tuple[float, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Latency:
+        """Summary of the times of all rounds, given in seconds."""
+        ms = np.asarray(seconds, np.float64) * 1e3
+        p10, p25, p50, p75, p90 = (float(q) for q in np.percentile(ms, (10, 25, 50, 75, 90)))
+        return cls(p10, p50, p90, (p75 - p25) / p50, tuple(ms.tolist()))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster than the reference: median and quartiles of the paired rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def is_slower(self) -> bool:
+        """Slower beyond the spread: even the upper quartile is below 1."""
+        return self.high < 1.0
+
+
+def speedup(reference: Latency, candidate: Latency) -> Ratio:
+    """Ratio of two models timed in the same rounds. Raises OptionError if they were not."""
+    if len(reference.samples) != len(candidate.samples):
+        raise OptionError("the two models were not timed in the same rounds; time them together")
+    paired = np.asarray(reference.samples) / np.asarray(candidate.samples)
+    low, median, high = (float(q) for q in np.percentile(paired, (25, 50, 75)))
+    return Ratio(median, low, high)
+
+
+def time_interleaved(
+    models: Mapping[str, bytes | str | Path],
+    feeds: Feed | Sequence[Feed],
+    runtime: Runtime = Runtime(),
+    repeats: int = 40,
+    min_time: float = 0.0,
+) -> dict[str, Latency]:
+    """Latency of each model over the same feeds, one run of each a round.
+
+    feeds: one feed, or several that are taken in turn. repeats: least number of rounds; more are
+    taken until `min_time` seconds have passed. Raises ModelError when a model does not load or run.
+    """
+    if repeats < 1 or not models:
+        raise OptionError("timing needs at least one model and one round")
+    several = [feeds] if isinstance(feeds, dict) else list(feeds)
+    sessions = {name: session(model, runtime) for name, model in models.items()}
+    for feed in itertools.islice(itertools.cycle(several), WARM_UP):
+        for opened in sessions.values():
+            run(opened, feed)
+    rounds = list(_rounds(list(sessions.values()), several, repeats, min_time))
+    return {name: Latency.of([r[i] for r in rounds]) for i, name in enumerate(sessions)}
+
+
+def _rounds(
+    sessions: Sequence[ort.InferenceSession], feeds: Sequence[Feed], repeats: int, min_time: float
+) -> Iterator[tuple[float, ...]]:
+    """Seconds of each model, round by round."""
+    start = time.perf_counter()
+    for count, feed in enumerate(itertools.cycle(feeds)):
+        if count >= repeats and time.perf_counter() - start >= min_time:
+            return
+        yield tuple(_time(opened, feed) for opened in sessions)
+
+
+def _time(opened: ort.InferenceSession, feed: Feed) -> float:
+    start = time.perf_counter()
+    opened.run(None, feed)
+    return time.perf_counter() - start

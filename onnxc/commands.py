@@ -1,0 +1,180 @@
+"""The commands of `onnxc`: each gathers its options, calls one function, shows the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, RenderableType
+
+from onnxc import api, options, recipe, report
+
+ModelArgument = click.Path(path_type=Path)
+Render = Callable[[Any], RenderableType]
+
+EXIT_MISSED = 1
+
+
+class Example(click.Command):
+    """A command whose help ends with an example."""
+
+    def __init__(self, *arguments: Any, example: str = "", **settings: Any) -> None:
+        settings.setdefault("epilog", f"\b\nExample:\n  {example}")
+        super().__init__(*arguments, **settings)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="onnxc", message="%(prog)s %(version)s")
+def onnxc() -> None:
+    """Make trained ONNX models smaller and faster, and prove every file that is written."""
+
+
+@onnxc.command(cls=Example, example="onnxc inspect model.onnx")
+@click.argument("model", type=ModelArgument)
+@options.shown
+def inspect(model: Path, as_json: bool, quiet: bool) -> None:
+    """Parameters, MACs, bytes by type, and what can be compressed."""
+    found = api.inspect(model)
+    show(found, lambda r: report.render_inspection(r, str(model)), as_json, quiet)
+
+
+@onnxc.command(
+    cls=Example, example="onnxc validate model.onnx model.int8.onnx --data val/ --preset imagenet"
+)
+@click.argument("reference", type=ModelArgument)
+@click.argument("candidate", type=ModelArgument)
+@options.data()
+@options.runtime
+@click.option("--max-drop", type=float, help="Points of top-1 (or agreement) that may be lost.")
+@click.option(
+    "--save-vectors",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write ONNX test_data_set_* folders with the reference's outputs beside CANDIDATE as "
+    "model.onnx, to check a target's own runtime.",
+)
+@options.seed
+@options.shown
+@click.pass_context
+def validate(context: click.Context, /, **settings: Any) -> int:
+    """Compare CANDIDATE with REFERENCE: accuracy, agreement, SQNR, kernels, latency."""
+    with progress(settings) as say:
+        found = api.validate(
+            settings["reference"],
+            settings["candidate"],
+            preprocess=options.preprocess_of(context),
+            runtime=options.runtime_of(context),
+            progress=say,
+            **_some(settings, "data", "samples", "max_drop", "save_vectors", "seed"),
+        )
+    show(found, report.render_validation, settings["as_json"], settings["quiet"])
+    return EXIT_MISSED if found.missed else 0
+
+
+@onnxc.command(cls=Example, example="onnxc bench model.onnx model.int8.onnx --threads 4")
+@click.argument("models", type=ModelArgument, nargs=-1, required=True)
+@options.data()
+@options.runtime
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples a run."
+)
+@click.option("--repeats", type=click.IntRange(1), default=40, show_default=True, help="Rounds.")
+@click.option("--min-time", type=float, default=1.0, show_default=True, help="Least seconds.")
+@options.seed
+@options.shown
+@click.pass_context
+def bench(context: click.Context, /, **settings: Any) -> None:
+    """Latency of MODELS, taken in turn; speeds are against the first."""
+    with progress(settings) as say:
+        found = api.benchmark(
+            settings["models"],
+            preprocess=options.preprocess_of(context),
+            runtime=options.runtime_of(context),
+            progress=say,
+            **_some(settings, "data", "batch", "repeats", "min_time", "seed"),
+        )
+    show(found, report.render_benchmark, settings["as_json"], settings["quiet"])
+
+
+@onnxc.command(
+    cls=Example,
+    example="onnxc quantize model.onnx --data calib/ --preset imagenet -o model.int8.onnx",
+)
+@click.argument("model", type=ModelArgument)
+@options.output()
+@options.data()
+@click.option(
+    "--val", metavar="SOURCE", help="Samples that the result is judged by [default: --data]."
+)
+@options.target
+@options.from_fields(api.QuantizeSettings)
+@options.nodes
+@options.max_memory
+@options.runtime
+@options.seed
+@click.option("--max-drop", type=float, help="Points of top-1 (or agreement) that may be lost.")
+@click.option("--strict", is_flag=True, help="Write nothing when a bound is missed.")
+@click.option("--dry-run", is_flag=True, help="List the effect, write nothing.")
+@options.recipes
+@options.shown
+@click.pass_context
+def quantize(context: click.Context, /, **settings: Any) -> int:
+    """Make MODEL smaller and faster in few-bit integers, and prove it."""
+    with progress(settings) as say:
+        found = api.quantize(
+            settings["model"],
+            preprocess=options.preprocess_of(context),
+            settings=options.build(context, api.QuantizeSettings),
+            recipe=recipe.load(settings["recipe"]) if settings["recipe"] else None,
+            runtime=options.runtime_of(context),
+            progress=say,
+            **_some(settings, "data", "val", "samples", "output", "target", "include", "exclude"),
+            **_some(settings, "max_memory", "max_drop", "seed", "dry_run", "strict"),
+        )
+    show(found, report.render, settings["as_json"], settings["quiet"])
+    if settings["print_recipe"] and not settings["as_json"]:
+        click.echo(found.recipe)
+    return EXIT_MISSED if found.missed else 0
+
+
+@onnxc.command(cls=Example, example="onnxc calibrate model.onnx --data calib/ -o model.stats")
+@click.argument("model", type=ModelArgument)
+@options.output(required=True)
+@options.data(required=True)
+@options.max_memory
+@options.seed
+@options.shown
+@click.pass_context
+def calibrate(context: click.Context, /, **settings: Any) -> None:
+    """Gather the statistics of MODEL alone, to merge or reuse."""
+    with progress(settings) as say:
+        found = api.calibrate(
+            settings["model"],
+            preprocess=options.preprocess_of(context),
+            progress=say,
+            **_some(settings, "data", "output", "samples", "seed", "max_memory"),
+        )
+    show(found, report.render_calibrated, settings["as_json"], settings["quiet"])
+
+
+def show(found: Any, render: Render, as_json: bool, quiet: bool) -> None:
+    """Write a report to standard output, as JSON or for a reader."""
+    if as_json:
+        click.echo(report.to_json(found))
+    elif not quiet:
+        Console(highlight=False, soft_wrap=False).print(render(found))
+
+
+@contextmanager
+def progress(settings: dict[str, Any]) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what is being done, where somebody watches."""
+    console = Console(stderr=True, quiet=settings["quiet"] or settings["as_json"])
+    with console.status("starting") as status:
+        yield status.update
+
+
+def _some(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: settings[name] for name in names}

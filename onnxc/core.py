@@ -1,0 +1,92 @@
+"""The contracts that passes, calibration and the engine share.
+
+A **pass** reads a graph and statistics, rewrites the graph in place, and returns what it changed and
+what it skipped, with reasons. It never runs the model and never reads data: it names the statistics
+that it needs (`wants`), and the engine gathers them from the graph as it stands before `apply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxc.selectors import Selector
+from onnxc.targets import Target
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """One statistic of one tensor.
+
+    `what` is a row of `calib.observers.OBSERVERS`; `axis` is the channel axis of a per-channel
+    statistic, or None for one over the whole tensor.
+    """
+
+    tensor: str
+    what: str
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A rewrite of one node, with the bytes of its constants before and after."""
+
+    node: str
+    what: str
+    before: int = 0
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A node that was considered and left alone, with the reason in a user's words."""
+
+    node: str
+    reason: str
+
+
+class Observer(Protocol):
+    """A statistic that streams over batches: a commutative monoid under `merge`."""
+
+    def update(self, x: NDArray[Any]) -> None: ...
+    def merge(self, other: Self) -> Self: ...
+
+
+Stats = Mapping[Key, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know besides the graph."""
+
+    opset: int
+    target: Target
+    stats: Stats = field(default_factory=dict)
+    seed: int = 0
+    only: Selector = Selector()
+
+
+class Pass(Protocol):
+    """A rewrite: a frozen dataclass whose fields are its command-line options and recipe keys."""
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]  # outputs must stay equal to rounding; else only valid and finite
+
+    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]: ...
+    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]: ...
+
+
+PASSES: dict[str, type[Pass]] = {}
+
+
+P = TypeVar("P", bound=Pass)
+
+
+def register(cls: type[P]) -> type[P]:
+    """Class decorator: enter a pass into PASSES under its name."""
+    PASSES[cls.name] = cls
+    return cls

@@ -1,0 +1,274 @@
+"""What a model costs: bytes by type, parameters, and multiply-accumulates (MACs) from shapes.
+
+    Conv            |Y| · |W| / M                 M: output channels, axis 0 of W
+    ConvTranspose   |X| · |W| / C                 C: input channels, axis 0 of W
+    Gemm, MatMul    |Y| · K                       K: the length that is summed over
+    LSTM, GRU, RNN  steps · batch · (|W| + |R|)
+
+|·| is the number of elements. A free dimension of the model's inputs counts as 1: MACs of one
+sample. A node whose shapes are unknown counts as unknown, never as 0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+
+from onnxc.errors import ModelError
+from onnxc.graph import Model, constants, load, nbytes, opset, walk
+from onnxc.shapes import infer
+
+Shape = Sequence[int | str | None] | None
+Free = frozenset[str]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the model."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True)
+class HeavyNode:
+    """A node with multiply-accumulates: what it costs, and how it can be compressed or why not.
+
+    weight: bytes of its constant weights. macs: None where shapes are unknown.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...] | None
+    weight: int
+    macs: int | None
+    can: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `onnxc inspect` shows. bytes: of the file with its external data, where there is one."""
+
+    bytes: int | None
+    bytes_by_type: dict[str, int]
+    parameters: int
+    macs: int | None
+    opset: int
+    ops: dict[str, int]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    quantized: str | None
+    heavy: tuple[HeavyNode, ...]
+    notes: tuple[str, ...] = ()
+
+
+def inspect(source: str | Path | bytes | onnx.ModelProto | Model) -> Inspection:
+    """Everything about a model that can be told without running it. Raises ModelError."""
+    model = source if isinstance(source, Model) else load(source)
+    notes = (*model.notes, *infer(model))
+    heavy = tuple(heavy_nodes(model.graph))
+    known = [node.macs for node in heavy if node.macs is not None]
+    return Inspection(
+        bytes=file_bytes(source) if isinstance(source, str | Path) else None,
+        bytes_by_type=bytes_by_type(model.graph),
+        parameters=sum(prod(c.shape) for c in constants(model.graph)),
+        macs=sum(known) if known or not heavy else None,
+        opset=opset(model.graph),
+        ops=dict(Counter(n.op for g in walk(model.graph) for n in g.nodes).most_common()),
+        inputs=tuple(map(_port, model.graph.inputs)),
+        outputs=tuple(map(_port, model.graph.outputs)),
+        quantized=quantized_as(model.graph),
+        heavy=heavy,
+        notes=(*notes, *_unknown_note(len(heavy) - len(known))),
+    )
+
+
+def bytes_by_type(graph: gs.Graph) -> dict[str, int]:
+    """Bytes of the constants by element type, the largest first."""
+    total: Counter[str] = Counter()
+    for constant in constants(graph):
+        total[type_name(constant.dtype)] += nbytes(constant)
+    return dict(total.most_common())
+
+
+def file_bytes(path: str | Path) -> int:
+    """Bytes of a model file, together with the files of its external data. Raises ModelError."""
+    return sum(file.stat().st_size for file in (Path(path), *external_files(path)))
+
+
+def external_files(path: str | Path) -> list[Path]:
+    """The files that hold a model's external data, sorted. Raises ModelError."""
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ModelError(f"{path} is not an ONNX model") from error
+    entries = (entry for tensor in _stored(proto.graph) for entry in tensor.external_data)
+    places = {entry.value for entry in entries if entry.key == "location"}
+    return sorted(Path(path).parent / place for place in places)
+
+
+def _stored(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Tensors that a model holds: initializers and attributes, nested bodies included."""
+    yield from graph.initializer
+    for attribute in (a for node in graph.node for a in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        for body in (attribute.g, *attribute.graphs):
+            yield from _stored(body)
+
+
+def type_name(dtype: Any) -> str:
+    """NumPy-style name of an element type given as NumPy type or ONNX number; "?" if unknown."""
+    if not isinstance(dtype, int):
+        return "?" if dtype is None else np.dtype(dtype).name
+    name = onnx.TensorProto.DataType.Name(dtype).lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def quantized_as(graph: gs.Graph) -> str | None:
+    """How a model is quantized already: "qdq", "qoperator", "dynamic", "weight-only", or None."""
+    ops = {node.op for inner in walk(graph) for node in inner.nodes}
+    return next((kind for kind, marks in _QUANTIZED.items() if ops & marks), None)
+
+
+def heavy_nodes(graph: gs.Graph) -> Iterator[HeavyNode]:
+    """Nodes with multiply-accumulates, nested bodies included, in graph order."""
+    free = frozenset(d for t in graph.inputs for d in t.shape or () if isinstance(d, str))
+    for node in (n for inner in walk(graph) for n in inner.nodes if n.op in MACS):
+        weights = [w for w in node.inputs if isinstance(w, gs.Constant) and len(w.shape) >= 2]
+        can, reason = _verdict(node)
+        yield HeavyNode(
+            name=node.name,
+            op=node.op,
+            shape=tuple(weights[0].shape) if weights else None,
+            weight=sum(map(nbytes, weights)),
+            macs=macs(node, free),
+            can=can,
+            reason=reason,
+        )
+
+
+def macs(node: gs.Node, free: Free = frozenset()) -> int | None:
+    """Multiply-accumulates of a node; 0 for an op without any, None where shapes are unknown.
+
+    free: names of dimensions that count as 1.
+    """
+    rule = MACS.get(node.op)
+    if rule is None:
+        return 0
+    try:
+        return rule(node, free)
+    except _UnknownShapeError:
+        return None
+
+
+class _UnknownShapeError(Exception):
+    """A shape that a MAC rule needs is not known."""
+
+
+def _dims(tensors: Sequence[gs.Tensor], index: int, free: Free) -> list[int]:
+    shape = tensors[index].shape if index < len(tensors) else None
+    if shape is None:
+        raise _UnknownShapeError
+    dims = [1 if d in free else d for d in shape]
+    if not all(isinstance(d, int | np.integer) and d >= 0 for d in dims):
+        raise _UnknownShapeError
+    return [int(d) for d in dims]
+
+
+Rule = Callable[[gs.Node, Free], int]
+
+
+def _conv(weight: int) -> Rule:
+    return lambda node, free: (
+        prod(_dims(node.outputs, 0, free)) * prod(_dims(node.inputs, weight, free)[1:])
+    )
+
+
+def _conv_transpose(node: gs.Node, free: Free) -> int:
+    return prod(_dims(node.inputs, 0, free)) * prod(_dims(node.inputs, 1, free)[1:])
+
+
+def _product(node: gs.Node, free: Free) -> int:
+    """Gemm and MatMul: A is input 0, and its last axis is summed over unless it is transposed."""
+    axis = -2 if node.attrs.get("transA", 0) else -1
+    return prod(_dims(node.outputs, 0, free)) * _dims(node.inputs, 0, free)[axis]
+
+
+def _recurrent(node: gs.Node, free: Free) -> int:
+    x, w, r = (_dims(node.inputs, i, free) for i in range(3))
+    return prod(x[:-1]) * (prod(w) + prod(r))
+
+
+MACS: dict[str, Rule] = {
+    **dict.fromkeys(("Conv", "FusedConv", "ConvInteger"), _conv(1)),
+    "QLinearConv": _conv(3),
+    "ConvTranspose": _conv_transpose,
+    **dict.fromkeys(("Gemm", "FusedGemm", "QGemm"), _product),
+    **dict.fromkeys(("MatMul", "FusedMatMul", "QLinearMatMul", "MatMulInteger"), _product),
+    **dict.fromkeys(("MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"), _product),
+    **dict.fromkeys(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"), _recurrent),
+}
+
+_QUANTIZED: dict[str, frozenset[str]] = {
+    "qoperator": frozenset(("QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd")),
+    "dynamic": frozenset(
+        (
+            *("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul"),
+            *("MatMulIntegerToFloat", "DynamicQuantizeLSTM"),
+        )
+    ),
+    "qdq": frozenset(("QuantizeLinear",)),
+    "weight-only": frozenset(("DequantizeLinear", "MatMulNBits", "GatherBlockQuantized")),
+}
+
+_INTEGER = frozenset(op for marks in _QUANTIZED.values() for op in marks)
+
+FLOATS = frozenset(("float32", "float16", "float64", "bfloat16"))
+
+_WAYS: dict[str, str] = {
+    "RNN": "",
+    "LSTM": "int8 weights, activations quantized at run time",
+    "GRU": "int8 weights, activations quantized at run time",
+}
+
+
+def _verdict(node: gs.Node) -> tuple[bool, str]:
+    """Whether a heavy node can be compressed, and how or why not."""
+    if node.op in _INTEGER:
+        return False, "already integer"
+    way = _WAYS.get(node.op, "int8, or fewer bits for the weight alone")
+    if not way:
+        return False, f"no runtime has an integer kernel for {node.op}"
+    second = node.inputs[1] if len(node.inputs) > 1 else None
+    if isinstance(second, gs.Constant):
+        name = type_name(second.dtype)
+        return (True, way) if name in FLOATS else (False, f"its weight is {name}")
+    if second is not None and any(n.op == "DequantizeLinear" for n in second.inputs):
+        return False, "already quantized (its weight is dequantized in the graph)"
+    if node.op == "MatMul":
+        return True, "int8 with calibration data (both inputs are activations)"
+    return False, "its weight is computed by the graph"
+
+
+def _port(tensor: gs.Tensor) -> Port:
+    shape = None if tensor.shape is None else tuple(tensor.shape)
+    return Port(tensor.name, type_name(tensor.dtype), shape)
+
+
+def _unknown_note(count: int) -> tuple[str, ...]:
+    if not count:
+        return ()
+    nodes = "1 node whose shapes are" if count == 1 else f"{count} nodes whose shapes are"
+    return (f"the MACs leave out {nodes} known only at run time",)

@@ -1,0 +1,206 @@
+"""The verbs that passes rewrite a graph with; each is one linear sweep.
+
+Tensors and nodes of the graph library compare by name or structure and are unhashable: compare with
+`is`, key by name. Nodes stay in topological order; new ones go in with `insert`, dead ones go out
+with `tidy`. Constants are never written to: put a new one in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from onnxc import weights
+
+
+def opset(graph: gs.Graph) -> int:
+    """Version of the standard operator set."""
+    return int(graph.opset)
+
+
+def set_opset(graph: gs.Graph, version: int) -> None:
+    """Set the version of the standard operator set, in every place that records it."""
+    domains = [o for o in graph.import_domains or () if o.domain]
+    domains.insert(0, onnx.helper.make_opsetid("", version))
+    for inner in walk(graph):
+        inner.opset, inner.import_domains = version, domains
+
+
+def bodies(node: gs.Node) -> list[gs.Graph]:
+    """The graphs in a node's attributes: branches of If, bodies of Loop and Scan."""
+    return [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
+
+
+def walk(graph: gs.Graph) -> Iterator[gs.Graph]:
+    """The graph, then its nested bodies, depth first."""
+    pending = [graph]
+    while pending:
+        current = pending.pop()
+        yield current
+        pending += reversed([body for node in current.nodes for body in bodies(node)])
+
+
+def captured(graph: gs.Graph) -> set[str]:
+    """Names of the tensors of `graph` that nested bodies read."""
+    inner = [body for body in walk(graph) if body is not graph]
+    wanted = {tensor.name for body in inner for tensor in reads(body)}
+    return wanted & _names(graph) if wanted else set()
+
+
+def fresh(graph: gs.Graph, name: str) -> str:
+    """A name that no tensor or node of the graph or its bodies has, nor was given out before.
+
+    Constant time while nodes are appended; one sweep after `graph.nodes` was assigned anew.
+    """
+    nodes, taken = graph.__dict__.get("_taken", (None, set()))
+    if nodes is not graph.nodes:
+        taken |= {n for inner in walk(graph) for n in (*_names(inner), *_node_names(inner))}
+        graph.__dict__["_taken"] = (graph.nodes, taken)
+    candidate, number = name, 0
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    taken.add(candidate)
+    return candidate
+
+
+def values(constant: gs.Constant) -> NDArray[Any]:
+    """Values of a constant, read-only. External data is mapped, and forgotten after use."""
+    held = constant._values
+    array: NDArray[Any] = held.load() if isinstance(held, LazyValues) else held
+    view: NDArray[Any] = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def constant(name: str, array: Any) -> gs.Constant:
+    """A constant of any shape and type, 0-d and low-bit ml_dtypes included."""
+    return gs.Constant(name, np.asarray(array))
+
+
+def nbytes(constant: gs.Constant) -> int:
+    """Bytes that a constant takes in a file; low-bit types are packed."""
+    return weights.size(constant._values)
+
+
+def become(graph: gs.Graph, other: gs.Graph) -> None:
+    """Give `graph` all that `other` holds; for a pass whose result is a whole new graph."""
+    kept = graph.__dict__.get("_taken")
+    graph.__dict__.update(other.__dict__)
+    graph.__dict__["_taken"] = (None, kept[1] if kept else set())
+
+
+def constants(graph: gs.Graph) -> list[gs.Constant]:
+    """Every constant that a node of the graph or its bodies reads, or that is an output, once."""
+    found: dict[int, gs.Constant] = {}
+    for inner in walk(graph):
+        for tensor in reads(inner):
+            if isinstance(tensor, gs.Constant):
+                found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def tidy(graph: gs.Graph) -> None:
+    """Drop nodes that no output needs, here and in nested bodies; constants go with their users.
+
+    Inputs and outputs of the graph, and outputs of the nodes that remain, keep their positions.
+    """
+    makers = {t.name: node for node in graph.nodes for t in node.outputs if t.name}
+    pending = [tensor.name for tensor in graph.outputs]
+    alive: set[int] = set()
+    while pending:
+        node = makers.pop(pending.pop(), None)
+        if node is not None and id(node) not in alive:
+            alive.add(id(node))
+            pending += (tensor.name for tensor in _node_reads(node))
+    for node in graph.nodes:
+        if id(node) not in alive:
+            _disconnect(node)
+    graph.nodes = [node for node in graph.nodes if id(node) in alive]
+    for node in graph.nodes:
+        for body in bodies(node):
+            tidy(body)
+
+
+def replace_uses(old: gs.Tensor, new: gs.Tensor, keep: Sequence[gs.Node] = ()) -> None:
+    """Let every node that reads `old`, nested bodies included, read `new`; not those in `keep`.
+
+    Outputs of the graph stay as they are.
+    """
+    kept = {id(node) for node in keep}
+    for user in list(old.outputs):
+        if id(user) in kept:
+            continue
+        for position, tensor in enumerate(user.inputs):
+            if tensor is old:
+                user.inputs[position] = new
+
+
+def insert(
+    graph: gs.Graph,
+    before: Mapping[str, Sequence[gs.Node]] | None = None,
+    after: Mapping[str, Sequence[gs.Node]] | None = None,
+) -> None:
+    """Place new nodes before and after existing ones, by node name, in one sweep.
+
+    Raises KeyError for a name that no node of the graph has.
+    """
+    ahead, behind = before or {}, after or {}
+    nodes: list[gs.Node] = []
+    for node in graph.nodes:
+        nodes += ahead.get(node.name, ())
+        nodes.append(node)
+        nodes += behind.get(node.name, ())
+    unknown = (ahead.keys() | behind.keys()) - {node.name for node in graph.nodes}
+    if unknown:
+        raise KeyError(min(unknown))
+    graph.nodes = nodes
+
+
+def attributes(graph: gs.Graph) -> Iterator[gs.Constant]:
+    """Tensors in the attributes of nodes, nested bodies included."""
+    for inner in walk(graph):
+        for node in inner.nodes:
+            yield from (v for v in node.attrs.values() if isinstance(v, gs.Constant))
+
+
+def reads(graph: gs.Graph) -> Iterator[gs.Tensor]:
+    """What the nodes of one graph read, and its outputs."""
+    for node in graph.nodes:
+        yield from node.inputs
+    yield from graph.outputs
+
+
+def _node_reads(node: gs.Node) -> Iterator[gs.Tensor]:
+    """What a node reads, its nested bodies included."""
+    yield from node.inputs
+    for body in bodies(node):
+        for inner in walk(body):
+            yield from reads(inner)
+
+
+def _names(graph: gs.Graph) -> set[str]:
+    named = {t.name for t in (*graph.inputs, *graph.outputs)}
+    for node in graph.nodes:
+        named.update(t.name for t in (*node.inputs, *node.outputs))
+    return named - {""}
+
+
+def _node_names(graph: gs.Graph) -> set[str]:
+    return {node.name for node in graph.nodes}
+
+
+def _disconnect(node: gs.Node) -> None:
+    """Take a dead node, with its bodies, out of the lists of the tensors that it touches."""
+    for inner in (body for direct in bodies(node) for body in walk(direct)):
+        for nested in inner.nodes:
+            nested.inputs.clear()
+            nested.outputs.clear()
+    node.inputs.clear()
+    node.outputs.clear()

@@ -1,0 +1,17 @@
+"""Errors that a user can act on: one plain sentence each, and exit code 2 on the command line."""
+
+
+class OnnxcError(Exception):
+    """Bad input. The message names the file, node or key, and says what to do."""
+
+
+class ModelError(OnnxcError):
+    """The model cannot be read, is invalid, or holds something that onnxc cannot carry."""
+
+
+class DataError(OnnxcError):
+    """The data is missing, unreadable, or does not fit the inputs of the model."""
+
+
+class OptionError(OnnxcError):
+    """An option, recipe key or node selector does not make sense for this model."""

@@ -1,0 +1,267 @@
+"""How close a candidate model is to its reference, streamed over a data set in float64.
+
+    SQNR   = 10 log10(Σ ref² / Σ (ref − out)²)           dB, over all samples of one output
+    cosine = Σ ref·out / √(Σ ref² · Σ out²)
+    agreement = share of positions where arg max ref = arg max out, along the class axis
+    perplexity = exp(−mean log softmax(logits)[next token])
+
+The class axis is the last one after trailing axes of length 1 are dropped; with one label a
+sample, each sample is flattened first. Over all outputs, each output weighs the same: the overall
+SQNR comes from the mean of their relative noise powers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from calib.data import Dataset
+from calib.inputs import sample_axes
+from onnxc.errors import DataError, ModelError
+from onnxc.graph import Model, to_bytes
+from onnxc.runtime import Runtime, run, session
+
+BATCH = 16  # samples a run where the model takes any batch size
+SQNR_CAP = 200.0  # dB reported for equal outputs: past what float64 sums resolve
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One output against the reference. agreement: share in 0..1, None without classes."""
+
+    sqnr: float
+    cosine: float
+    max_abs_error: float
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate against its reference; pairs are (reference, candidate), shares are in 0..1.
+
+    agreement, top1, top5 and perplexity are of the first output that has classes. Labels are one a
+    sample, or one a token; without labels a language model is judged by its next input token.
+    """
+
+    samples: int
+    outputs: dict[str, Fidelity]
+    agreement: float | None = None
+    top1: tuple[float, float] | None = None
+    top5: tuple[float, float] | None = None
+    perplexity: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sqnr(self) -> float:
+        noise = [10 ** (-o.sqnr / 10) for o in self.outputs.values()]
+        return decibel(1.0, sum(noise) / len(noise)) if noise else SQNR_CAP
+
+    @property
+    def cosine(self) -> float:
+        return min((o.cosine for o in self.outputs.values()), default=1.0)
+
+    @property
+    def max_abs_error(self) -> float:
+        return max((o.max_abs_error for o in self.outputs.values()), default=0.0)
+
+
+def decibel(signal: float, noise: float) -> float:
+    """10 log10(signal / noise), at most SQNR_CAP; −inf where the noise is not finite."""
+    if not math.isfinite(noise):
+        return -math.inf
+    if noise <= signal * 10 ** (-SQNR_CAP / 10):
+        return SQNR_CAP
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def compare(
+    reference: Model | Path | bytes,
+    candidate: Model | Path | bytes,
+    dataset: Dataset,
+    runtime: Runtime = Runtime(),
+    labels: Array | None = None,
+    batch: int = BATCH,
+) -> Comparison:
+    """Run both models over a data set, in batches of `batch` samples (or what the model fixes).
+
+    labels: (N,) or (N, T) integers; those of the data set by default. Raises ModelError where a
+    model does not run or has other outputs, DataError where the labels do not fit the samples.
+    """
+    opened = [session(_source(model), runtime) for model in (reference, candidate)]
+    names = _shared_outputs(opened[0], opened[1])
+    truth = dataset.labels if labels is None else labels
+    if truth is not None and len(truth) != len(dataset):
+        raise DataError(f"there are {len(truth)} labels for {len(dataset)} samples")
+    axes = sample_axes(dataset.inputs)
+    tallies = {name: _Tally() for name in names}
+    scores = _Scores()
+    done, skipped = 0, set[str]()
+    for feed in dataset.batches(batch):
+        pair = [run(model, feed) for model in opened]
+        count = next((feed[n].shape[a] for n, a in axes.items() if a is not None), 1)
+        for name in names:
+            ref, out = (_numbers(outputs[name]) for outputs in pair)
+            if ref is None or out is None or ref.shape != out.shape:
+                skipped.add(name)
+                continue
+            tallies[name].update(ref, out, one_label=truth is not None and truth.ndim == 1)
+            if scores.of(name, ref):
+                part = None if truth is None else truth[done : done + count]
+                scores.update(ref, out, _targets(part, feed))
+        done += count
+    fidelities = {n: t.result() for n, t in tallies.items() if t.elements and n not in skipped}
+    notes = [
+        f"output {n!r} is not a tensor of one shape and is not compared" for n in sorted(skipped)
+    ]
+    agreement = next((f.agreement for f in fidelities.values() if f.agreement is not None), None)
+    return Comparison(done, fidelities, agreement, *scores.result(), tuple(notes))
+
+
+def _source(model: Model | Path | bytes) -> bytes | Path:
+    return to_bytes(model) if isinstance(model, Model) else model
+
+
+def _shared_outputs(reference: ort.InferenceSession, candidate: ort.InferenceSession) -> list[str]:
+    names = [port.name for port in reference.get_outputs()]
+    missing = set(names) - {port.name for port in candidate.get_outputs()}
+    if missing:
+        raise ModelError(f"the candidate has no output {min(missing)!r}, which the reference has")
+    return names
+
+
+def _numbers(value: Any) -> Array | None:
+    """A tensor of numbers; class probabilities as dicts become rows in the order of their keys."""
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        return np.array([[row[key] for key in sorted(row)] for row in value], np.float64)
+    return value if isinstance(value, np.ndarray) and value.dtype.kind in "fiubV" else None
+
+
+def _classes(x: Array, one_label: bool = False) -> Array:
+    """(…, classes): trailing axes of length 1 dropped, or one row a sample."""
+    if one_label and x.ndim > 2:
+        return x.reshape(len(x), -1)
+    while x.ndim > 2 and x.shape[-1] == 1:
+        x = x[..., 0]
+    return x
+
+
+@dataclass
+class _Tally:
+    """Sums over the batches of one output."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    energy: float = 0.0
+    product: float = 0.0
+    worst: float = 0.0
+    agreed: int = 0
+    positions: int = 0
+    elements: int = 0
+
+    def update(self, ref: Array, out: Array, one_label: bool) -> None:
+        r, o = ref.astype(np.float64), out.astype(np.float64)
+        self.elements += r.size
+        self._agree(_classes(ref, one_label), _classes(out, one_label))
+        if not r.size:
+            return
+        usable = np.isfinite(r) & ~((r == o) & np.isinf(r))
+        r, o = r[usable], o[usable]
+        error = np.abs(r - o)
+        self.signal += float(r @ r)
+        self.noise += float(error @ error)
+        self.energy += float(o @ o)
+        self.product += float(r @ o)
+        self.worst = max(self.worst, float(error.max(initial=0.0)))
+
+    def _agree(self, ref: Array, out: Array) -> None:
+        if ref.dtype.kind in "iub":  # already decisions: labels, masks
+            self.positions += ref.size
+            self.agreed += int((ref == out).sum())
+        elif ref.ndim >= 2 and ref.shape[-1] > 1 and ref.size:
+            same = ref.argmax(-1) == out.argmax(-1)
+            self.positions += same.size
+            self.agreed += int(same.sum())
+
+    def result(self) -> Fidelity:
+        norm = math.sqrt(self.signal * self.energy)
+        cosine = self.product / norm if norm else float(self.signal == self.energy)
+        agreement = self.agreed / self.positions if self.positions else None
+        return Fidelity(decibel(self.signal, self.noise), cosine, self.worst, agreement)
+
+
+@dataclass
+class _Scores:
+    """Top-1, top-5 and next-token likelihood of the first output with classes, for both models."""
+
+    name: str | None = None
+    is_tokens: bool = False
+    hits: Array = field(
+        default_factory=lambda: np.zeros((2, 2), np.int64)
+    )  # model x (top-1, top-5)
+    surprise: Array = field(default_factory=lambda: np.zeros(2))  # Σ −log p
+    count: int = 0
+
+    def of(self, name: str, ref: Array) -> bool:
+        if self.name is None and ref.dtype.kind in "fV" and _classes(ref).ndim >= 2:
+            self.name = name if _classes(ref).shape[-1] > 1 else None
+        return self.name == name
+
+    def update(self, ref: Array, out: Array, targets: Array | None) -> None:
+        if targets is None:
+            return
+        for row, logits in enumerate((ref, out)):
+            scores = _aligned(logits, targets)
+            if scores is None:
+                return
+            self.hits[row] += _hits(scores, targets)
+            if targets.ndim == 2:
+                self.is_tokens = True
+                self.surprise[row] += _surprise(scores, targets)
+        self.count += targets.size
+
+    def result(self) -> Iterator[tuple[float, float] | None]:
+        if not self.count:
+            yield from (None, None, None)
+            return
+        for column in self.hits.T / self.count:
+            yield float(column[0]), float(column[1])
+        mean = np.exp(self.surprise / self.count)
+        yield (float(mean[0]), float(mean[1])) if self.is_tokens else None
+
+
+def _targets(labels: Array | None, feed: dict[str, Array]) -> Array | None:
+    """The right classes: the labels, or the next tokens of a single (N, T) integer input."""
+    if labels is not None:
+        return labels
+    tokens = [x for x in feed.values() if x.ndim == 2 and x.dtype.kind in "iu"]
+    return tokens[0][:, 1:] if len(tokens) == len(feed) == 1 else None
+
+
+def _aligned(logits: Array, targets: Array) -> Array | None:
+    """(…, classes) scores, one row a target; None where the shapes do not fit."""
+    scores = _classes(logits, one_label=targets.ndim == 1)
+    if targets.ndim == 2:
+        scores = scores[:, : targets.shape[1]]
+    fits = scores.shape[:-1] == targets.shape and targets.size
+    return scores if fits and targets.min() >= 0 and targets.max() < scores.shape[-1] else None
+
+
+def _hits(scores: Array, targets: Array) -> tuple[int, int]:
+    own = np.take_along_axis(scores, targets[..., None].astype(np.int64), -1)
+    first = scores.argmax(-1) == targets
+    return int(first.sum()), int(((scores > own).sum(-1) < 5).sum())
+
+
+def _surprise(scores: Array, targets: Array) -> float:
+    z = scores.astype(np.float64) - scores.max(-1, keepdims=True)
+    own = np.take_along_axis(z, targets[..., None].astype(np.int64), -1)[..., 0]
+    return float((np.log(np.exp(z).sum(-1)) - own).sum())

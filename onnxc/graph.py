@@ -1,0 +1,315 @@
+"""The border: the only place where a model becomes a graph of the graph library, and back.
+
+A model is loaded once into normal form (`onnxc.normal`), its weights beside it (`onnxc.weights`),
+its documentation in an envelope (`onnxc.envelope`). Passes edit `model.graph` with the verbs of
+`onnxc.edit`, which this module offers too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import google.protobuf.message
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from onnxc import envelope, normal, weights
+from onnxc.edit import (
+    attributes,
+    become,
+    bodies,
+    captured,
+    constant,
+    constants,
+    fresh,
+    insert,
+    nbytes,
+    opset,
+    reads,
+    replace_uses,
+    set_opset,
+    tidy,
+    values,
+    walk,
+)
+from onnxc.envelope import Envelope
+from onnxc.errors import ModelError
+from onnxc.files import replacing
+
+__all__ = [
+    "Model",
+    "attributes",
+    "become",
+    "bodies",
+    "captured",
+    "constant",
+    "constants",
+    "copy",
+    "fresh",
+    "insert",
+    "load",
+    "nbytes",
+    "opset",
+    "reads",
+    "replace_uses",
+    "runnable",
+    "save",
+    "set_opset",
+    "skeleton",
+    "stored",
+    "tidy",
+    "to_bytes",
+    "to_proto",
+    "unfinite",
+    "values",
+    "walk",
+]
+
+G_LOGGER.severity = G_LOGGER.ERROR
+
+SPLIT = 1 << 30  # bytes of weights above which a file gets its weights beside it
+_FILE_LIMIT = (1 << 31) - 1  # of a protobuf
+_DEFAULT_OPSET = 21  # of a model that uses no standard operator
+_MULTIPLY = frozenset(
+    ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "BatchNormalization")
+)
+
+
+@dataclass
+class Model:
+    """A graph, what belongs around it, and sentences about what loading changed.
+
+    base: the folder of external data, None for a model that came without a path.
+    """
+
+    graph: gs.Graph
+    envelope: Envelope = field(default_factory=Envelope)
+    base: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load(source: str | Path | bytes | onnx.ModelProto, base: str | Path | None = None) -> Model:
+    """Open a model: a path, the bytes of a file, or a protobuf, which is not changed.
+
+    base: the folder of external data, by default that of the path; external data is mapped when a
+    weight is read. Raises ModelError, naming the file, when it is missing, damaged, invalid, or
+    holds what onnxc cannot carry.
+    """
+    folder = None if base is None else Path(base)
+    if isinstance(source, onnx.ModelProto | bytes):
+        return _load(_parse(source), folder)
+    path = Path(source)
+    try:
+        return _load(_parse(_read(path)), folder or path.parent)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def save(model: Model, path: str | Path) -> None:
+    """Write a model whole or not at all; more than 1 GiB of weights go to PATH.data.
+
+    Raises OptionError when the path cannot be written or the disk is full.
+    """
+    _write(*skeleton(model), Path(path))
+
+
+def to_proto(model: Model) -> onnx.ModelProto:
+    """The model with all its weights."""
+    proto, held = skeleton(model)
+    weights.fill(proto.graph, held)
+    return proto
+
+
+def to_bytes(model: Model) -> bytes:
+    """The model as one file. Raises ModelError above 2 GB, the limit of the format."""
+    return _serialize(*skeleton(model))
+
+
+@contextmanager
+def runnable(model: Model) -> Iterator[bytes | Path]:
+    """What a session can open: bytes, or above 1 GiB a temporary file for the time of the block."""
+    with stored(*skeleton(model)) as source:
+        yield source
+
+
+@contextmanager
+def stored(proto: onnx.ModelProto, held: list[weights.Values]) -> Iterator[bytes | Path]:
+    """The same of a skeleton, which may have been edited, and its weights."""
+    if sum(map(weights.size, held)) <= SPLIT:
+        yield _serialize(proto, held)
+        return
+    with tempfile.TemporaryDirectory(prefix="onnxc-") as folder:
+        path = Path(folder) / "model.onnx"
+        _write(proto, held, path)
+        yield path
+
+
+def copy(model: Model) -> Model:
+    """An independent model. Arrays of weights are shared, so they become read-only."""
+    proto, held = skeleton(model)
+    for array in held:
+        if isinstance(array, np.ndarray):
+            array.flags.writeable = False
+    return _open(proto, held, model.base, model.notes)
+
+
+def skeleton(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
+    """The model without its weights above 1 KiB, and those weights.
+
+    In their place are external references that lead nowhere, with the right type and shape: small
+    enough for shape inference whatever the model weighs.
+    """
+    graph = model.graph
+    held: list[weights.Values] = []
+    opsets = _opset_imports(graph)
+    with _stubs(graph, held):
+        proto = gs.export_onnx(graph, do_type_check=False, opset_imports=opsets)
+    _share_constants(graph, proto.graph)
+    envelope.restore(proto, model.envelope)
+    proto.ir_version = max(graph.ir_version or 0, normal.least_ir_version(proto))
+    return proto, held
+
+
+def unfinite(model: Model) -> list[str]:
+    """Names of weights with NaN, or with infinity where a node multiplies by them.
+
+    Elsewhere infinity has a meaning, as in the mask of an attention or the bounds of a Clip.
+    """
+    heavy = (node for inner in walk(model.graph) for node in inner.nodes if node.op in _MULTIPLY)
+    factors = {id(tensor) for node in heavy for tensor in node.inputs}
+    return [
+        tensor.name
+        for tensor in constants(model.graph)
+        if "float" in tensor.dtype.name and _is_bad(tensor, infinity=id(tensor) in factors)
+    ]
+
+
+def _is_bad(tensor: gs.Constant, infinity: bool) -> bool:
+    array = values(tensor)
+    return bool((~np.isfinite(array) if infinity else np.isnan(array)).any())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read the model: {error.strerror}") from error
+
+
+def _parse(source: bytes | onnx.ModelProto) -> onnx.ModelProto:
+    """A protobuf that is ours to edit."""
+    model = onnx.ModelProto()
+    if isinstance(source, onnx.ModelProto):
+        model.CopyFrom(source)
+        return model
+    if not source:
+        raise ModelError("the file is empty")
+    try:
+        model.ParseFromString(source)
+    except google.protobuf.message.DecodeError as error:
+        raise ModelError("not an ONNX model, or a truncated one") from error
+    return model
+
+
+def _write(proto: onnx.ModelProto, held: list[weights.Values], path: Path) -> None:
+    """A skeleton with its weights as a file, or as two."""
+    if sum(map(weights.size, held)) <= SPLIT:
+        data = _serialize(proto, held)
+        with replacing(path) as (file,):
+            file.write(data)
+        return
+    beside = path.with_name(f"{path.name}.data")
+    with replacing(beside, path) as (big, file):
+        weights.spill(proto.graph, held, big, beside.name)
+        file.write(proto.SerializeToString())
+
+
+def _serialize(proto: onnx.ModelProto, held: list[weights.Values]) -> bytes:
+    """A skeleton with its weights as bytes."""
+    if sum(map(weights.size, held)) + proto.ByteSize() > _FILE_LIMIT:
+        raise ModelError("the model is above 2 GB, too large for one file; save it to a path")
+    weights.fill(proto.graph, held)
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _load(proto: onnx.ModelProto, base: Path | None) -> Model:
+    if not proto.HasField("graph") or not proto.graph.output:
+        raise ModelError("not an ONNX model: there is no graph with outputs in it")
+    normal.refuse(proto)
+    held = weights.detach(proto.graph, base)
+    light = onnx.ModelProto.FromString(proto.SerializeToString())
+    del proto  # and with it the memory of the weights' first copy
+    light, notes = normal.normalize(light)
+    normal.check(light)
+    return _open(light, held, base, tuple(notes))
+
+
+def _open(
+    proto: onnx.ModelProto, held: list[weights.Values], base: Path | None, notes: tuple[str, ...]
+) -> Model:
+    """Import a normal skeleton and give its constants their values."""
+    kept = envelope.take(proto)
+    graph = gs.import_onnx(proto)
+    domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
+    standard = next((o.version for o in domains if not o.domain), _DEFAULT_OPSET)
+    for inner in walk(graph):
+        inner.opset, inner.import_domains = standard, domains
+    weights.attach(constants(graph), held)
+    return Model(graph, kept, base, notes)
+
+
+@contextmanager
+def _stubs(graph: gs.Graph, held: list[weights.Values]) -> Iterator[None]:
+    """While open, each constant shows a protobuf of its own: whole if small, else a stub."""
+    before = [(tensor, tensor._values) for tensor in (*constants(graph), *attributes(graph))]
+    try:
+        for tensor, data in before:
+            if isinstance(data, np.ndarray | weights.ExternalValues):
+                tensor._values = LazyValues(weights.stub(tensor.name, data, held))
+        yield
+    finally:
+        for tensor, data in before:
+            tensor._values = data
+
+
+def _opset_imports(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
+    """Versions of all domains in use, as copies; a domain that a pass brought in gets version 1."""
+    versions = {o.domain: o.version for o in graph.import_domains or ()}
+    used = {node.domain or "" for inner in walk(graph) for node in inner.nodes}
+    if "" in used or "" in versions:
+        versions[""] = graph.opset
+    for domain in sorted(used - versions.keys()):
+        versions[domain] = 1
+    return [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
+
+
+def _share_constants(graph: gs.Graph, proto: onnx.GraphProto) -> None:
+    """Store what several graphs read once, in the outermost; gs would repeat it in each."""
+    readers: Counter[int] = Counter()
+    names: dict[int, str] = {}
+    for inner in walk(graph):
+        here = {id(t): t.name for t in reads(inner) if isinstance(t, gs.Constant)}
+        readers.update(here.keys())
+        names.update(here)
+    owners = Counter(names.values())
+    shared = {names[i] for i, count in readers.items() if count > 1 and owners[names[i]] == 1}
+    if not shared:
+        return
+    outermost = {tensor.name for tensor in proto.initializer}
+    for _, body in normal.graphs(proto):
+        if body is proto:
+            continue
+        for tensor in body.initializer:
+            if tensor.name in shared - outermost:
+                proto.initializer.add().CopyFrom(tensor)
+                outermost.add(tensor.name)
+        normal.assign(body.initializer, [t for t in body.initializer if t.name not in shared])

@@ -1,0 +1,176 @@
+"""Which heavy nodes run in integer kernels, read back from ONNX Runtime's own optimized graph.
+
+Q/DQ pairs are only a wish: the runtime fuses a node into an integer kernel when the pattern around
+it fits one of its rules. So the optimized graph is written out and its heavy nodes are counted,
+nested bodies included, with a reason for each one that still runs in float.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+
+from onnxc.graph import Model, to_bytes
+from onnxc.runtime import Runtime, session
+
+RECURRENT = frozenset(("LSTM", "GRU", "RNN"))
+CONVOLUTIONS = frozenset(("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose"))
+PRODUCTS = frozenset(("Gemm", "FusedGemm", "MatMul", "FusedMatMul"))
+FLOAT_HEAVY = RECURRENT | CONVOLUTIONS | PRODUCTS
+INTEGER_HEAVY = frozenset(
+    """QLinearConv ConvInteger QLinearConvTranspose QGemm QLinearMatMul MatMulInteger
+    MatMulIntegerToFloat DynamicQuantizeMatMul MatMulNBits DynamicQuantizeLSTM""".split()
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One heavy node of the optimized graph. reason: why it runs in float, empty if it does not."""
+
+    node: str
+    op: str
+    integer: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Heavy nodes of an optimized graph, in order.
+
+    boundaries: QuantizeLinear and DequantizeLinear nodes left in it. orphans: those among them that
+    no kernel absorbed, on constants or back to back: they cost time and quantize nothing.
+    """
+
+    kernels: tuple[Kernel, ...]
+    boundaries: int
+    orphans: int
+
+    @property
+    def total(self) -> int:
+        return len(self.kernels)
+
+    @property
+    def integer(self) -> int:
+        return sum(kernel.integer for kernel in self.kernels)
+
+    @property
+    def left_float(self) -> tuple[Kernel, ...]:
+        return tuple(kernel for kernel in self.kernels if not kernel.integer)
+
+
+@dataclass
+class _Scope:
+    """A graph of the dump with who makes and who reads each tensor; bodies see outer constants."""
+
+    graph: onnx.GraphProto
+    where: str = ""
+    constants: dict[str, int] = field(default_factory=dict)  # name -> element type
+    maker: dict[str, onnx.NodeProto] = field(default_factory=dict)
+    readers: dict[str, list[onnx.NodeProto]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.constants |= {t.name: t.data_type for t in self.graph.initializer}
+        for node in self.graph.node:
+            self.maker |= dict.fromkeys(node.output, node)
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def makes(self, name: str) -> str:
+        return self.maker[name].op_type if name in self.maker else ""
+
+    def read_by(self, name: str) -> list[str]:
+        return [node.op_type for node in self.readers.get(name, ())]
+
+
+def coverage(model: Model | bytes | Path, runtime: Runtime = Runtime()) -> Coverage:
+    """Optimize a model as `runtime` does, and count. Raises ModelError where that is refused."""
+    source = to_bytes(model) if isinstance(model, Model) else model
+    names = _names(source)
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder) / "optimized.onnx"
+        session(source, runtime, dump)
+        optimized = onnx.load(dump, load_external_data=False)
+    scopes = list(_scopes(optimized.graph, "", {}))
+    kernels = (kernel for scope in scopes for kernel in _kernels(scope, names))
+    borders = [sum(column) for column in zip(*(_borders(scope) for scope in scopes), strict=True)]
+    return Coverage(tuple(kernels), borders[0], borders[1])
+
+
+def _names(source: bytes | Path) -> dict[str, str]:
+    """Node names as the user knows them, by output tensor: layout rewrites rename the nodes."""
+    if isinstance(source, bytes):
+        graph = onnx.ModelProto.FromString(source).graph
+    else:
+        graph = onnx.load(source, load_external_data=False).graph
+    named = {node.name: node.name for node in graph.node if node.name}
+    return {out: node.name for node in graph.node for out in node.output if node.name} | named
+
+
+def _scopes(graph: onnx.GraphProto, where: str, constants: dict[str, int]) -> Iterator[_Scope]:
+    scope = _Scope(graph, where, dict(constants))
+    yield scope
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                inside = f"{attribute.name} of {node.op_type} {node.name}"
+                yield from _scopes(attribute.g, inside, scope.constants)
+
+
+def _kernels(scope: _Scope, names: dict[str, str]) -> Iterator[Kernel]:
+    for node in scope.graph.node:
+        known = (names[key] for key in (node.name, *node.output) if key in names)
+        name = next(known, node.name or node.output[0])
+        if node.op_type in INTEGER_HEAVY:
+            yield Kernel(name, node.op_type, True)
+        elif node.op_type in FLOAT_HEAVY:
+            yield Kernel(name, node.op_type, False, _reason(node, scope))
+
+
+def _reason(node: onnx.NodeProto, scope: _Scope) -> str:
+    """Why a heavy node was not fused into an integer kernel, in words."""
+    kind = node.op_type
+    dequantized = [scope.makes(name) == "DequantizeLinear" for name in node.input[:2]]
+    weight = node.input[1]
+    is_constant = weight in scope.constants or _is_stored(weight, scope)
+    if scope.where and not any(dequantized):
+        return f"inside the {scope.where}, and nested bodies stay float"
+    if kind in RECURRENT:
+        return f"{kind} is left in float; it has an integer kernel only as dynamic LSTM"
+    if "MatMul" in kind and not is_constant and not any(dequantized):
+        return "multiplies two activations, which is left in float"
+    sides = ("input", "weight" if is_constant else "second input")
+    bare = [side for side, done in zip(sides, dequantized, strict=True) if not done]
+    bare += [] if "QuantizeLinear" in scope.read_by(node.output[0]) else ["output"]
+    if bare:
+        return f"no Q/DQ at its {' and '.join(bare)}"
+    types = " and ".join(_stored_type(name, scope) for name in node.input[:2])
+    return f"has Q/DQ on all sides, but ONNX Runtime has no integer {kind} for {types}"
+
+
+def _is_stored(name: str, scope: _Scope) -> bool:
+    return scope.makes(name) == "DequantizeLinear" and scope.maker[name].input[0] in scope.constants
+
+
+def _stored_type(name: str, scope: _Scope) -> str:
+    """Element type under a DequantizeLinear, from its constant or zero point (uint8 without)."""
+    sources = (n for n in reversed(scope.maker[name].input) if n in scope.constants)
+    codes = (scope.constants[n] for n in sources)
+    code = next((c for c in codes if c != onnx.TensorProto.FLOAT), onnx.TensorProto.UINT8)
+    return str(onnx.TensorProto.DataType.Name(code)).lower()
+
+
+def _borders(scope: _Scope) -> tuple[int, int]:
+    """Q/DQ nodes left, and those among them that nothing absorbed."""
+    left = [n for n in scope.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    return len(left), sum(_is_orphan(node, scope) for node in left)
+
+
+def _is_orphan(node: onnx.NodeProto, scope: _Scope) -> bool:
+    if node.op_type == "DequantizeLinear":
+        return node.input[0] in scope.constants or scope.makes(node.input[0]) == "QuantizeLinear"
+    readers = scope.read_by(node.output[0])
+    return bool(readers) and all(reader == "DequantizeLinear" for reader in readers)

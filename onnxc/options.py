@@ -1,0 +1,263 @@
+"""Command-line options made from dataclass fields, and the groups of options that commands share.
+
+A field `per_channel: bool = True` becomes `--per-channel/--no-per-channel`, a `Literal` becomes a
+choice, a tuple a comma-separated list. Its help is the field's metadata "help", or its entry in the
+docstring of the class ("per_channel: one scale for each output channel.").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from click.core import ParameterSource
+
+from calib.data import PRESETS, Preprocess
+from onnxc import recipe
+from onnxc.runtime import LEVELS, Runtime
+from onnxc.targets import TARGETS
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+Decorator = Callable[[F], F]
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+class Bytes(click.ParamType):
+    """An amount of memory: 400MB, 2GB, 1.5GiB, or plain bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", value)
+        if not found or found[2].lower() not in UNITS or found[1].count(".") > 1:
+            self.fail(f"{value!r} is not an amount of memory; write 400MB or 2GB", param, ctx)
+        amount = int(float(found[1]) * UNITS[found[2].lower()])
+        if amount <= 0:
+            self.fail(f"{value!r} is no memory at all; write 400MB or 2GB", param, ctx)
+        return amount
+
+
+class Typed(click.ParamType):
+    """Text read as the type of a dataclass field."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+        self.name = _metavar(kind)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        for candidate in _readings(value):
+            is_read, result = recipe.read_as(candidate, self.kind)
+            if is_read:
+                return result
+        return self.fail(f"{value!r} is not {recipe.describe(self.kind)}", param, ctx)
+
+
+def _readings(text: str) -> Iterator[Any]:
+    """What a piece of text could mean, the most specific first."""
+    for reading in (int, _fraction, {"true": True, "false": False}.__getitem__):
+        try:
+            yield reading(text)
+        except (ValueError, KeyError, ZeroDivisionError):
+            continue
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    yield text
+    yield [next(_readings(part)) for part in parts] if "," in text else [next(_readings(text))]
+    yield parts
+
+
+def _fraction(text: str) -> float:
+    """0.5, 1e-3 or 1/255."""
+    return float(Fraction(text)) if "/" in text else float(text)
+
+
+def _metavar(kind: Any) -> str:
+    return "|".join(_word(k) for k in _members(kind) if k is not NoneType)
+
+
+def _word(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    words = {int: "int", float: "number", str: "text"}
+    return "list" if get_origin(kind) is tuple else words.get(kind, "value")
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def from_fields(cls: type[Any], but: Collection[str] = ()) -> Decorator[Any]:
+    """Decorator: one option for each field of a dataclass but the named ones, unset by default."""
+
+    def decorate(command: F) -> F:
+        for name, kind in reversed(recipe.keys(cls).items()):
+            if name not in but:
+                command = _option(cls, name, kind)(command)
+        return command
+
+    return decorate
+
+
+def _option(cls: type[Any], name: str, kind: Any) -> Decorator[Any]:
+    dashed = name.replace("_", "-")
+    members = [k for k in _members(kind) if k is not NoneType]
+    settings: dict[str, Any] = {"help": _help(cls, name), "default": None}
+    if members == [bool]:
+        return click.option(f"--{dashed}/--no-{dashed}", name, **settings)
+    if all(get_origin(k) is Literal and isinstance(get_args(k)[0], str) for k in members):
+        settings["type"] = click.Choice([str(v) for k in members for v in get_args(k)])
+    else:
+        settings["type"] = Typed(kind)
+    return click.option(f"--{dashed}", name, **settings)
+
+
+def _help(cls: type[Any], name: str) -> str:
+    owner = _owner(cls, name)
+    spec = next(f for f in fields(owner) if f.name == name)
+    text = spec.metadata.get("help") or _documented(owner, name)
+    text = text[:1].upper() + text[1:]
+    if spec.default is MISSING or spec.default in (None, "", ()):
+        return text
+    return f"{text}  [default: {_shown(spec.default)}]"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _owner(cls: type[Any], name: str) -> type[Any]:
+    """The class, itself or nested, that declares a field."""
+    if any(f.name == name for f in fields(cls)):
+        return cls
+    nested = (k for k in recipe.hints(cls).values() if is_dataclass(k) and isinstance(k, type))
+    return next(_owner(k, name) for k in nested if name in recipe.keys(k))
+
+
+def _documented(cls: type[Any], name: str) -> str:
+    """The entry of a field in its class's docstring; several fields may share one."""
+    entry = re.compile(
+        rf"^\s*(?:\w+, )*{name}(?:, \w+)*: (.*?)(?=^\s*[\w, ]+: |^\s*$|\Z)",
+        re.MULTILINE | re.DOTALL,
+    )
+    found = entry.search(cls.__doc__ or "")
+    return " ".join(found[1].split()) if found else ""
+
+
+def given(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the parameters that the user wrote on the command line."""
+    return {
+        name: context.params[name]
+        for name in names
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+
+
+def build(context: click.Context, cls: type[T]) -> T:
+    """A dataclass from the options that `from_fields` made of it."""
+    return recipe.build(cls, given(context, recipe.keys(cls)), "the options")
+
+
+def preprocess_of(context: click.Context) -> Preprocess:
+    """The image preparation that the options ask for."""
+    return build(context, Preprocess)
+
+
+def runtime_of(context: click.Context) -> Runtime:
+    """The session options that the options ask for."""
+    return Runtime(**given(context, ("threads", "level", "provider")))
+
+
+def group_of(*options: Decorator[Any]) -> Decorator[Any]:
+    """Several options as one decorator, shown in this order."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+DATA = "images (a folder), .npy, .npz, a folder of .npz or test_data_set_*, or module:function"
+
+samples = click.option("--samples", type=click.IntRange(1), help="A seeded subset of this many.")
+images = group_of(
+    click.option(
+        "--preset",
+        type=click.Choice(list(PRESETS)),
+        help="How images are prepared; each option below overrides it.",
+    ),
+    from_fields(Preprocess, but=("preset",)),
+)
+
+
+def data(required: bool = False) -> Decorator[Any]:
+    """--data, and how to prepare it."""
+    source = click.option(
+        "--data", required=required, metavar="SOURCE", help=f"Where samples come from: {DATA}."
+    )
+    return group_of(source, samples, images)
+
+
+def output(required: bool = False) -> Decorator[Any]:
+    """-o, --output."""
+    kind = click.Path(path_type=Path)
+    return click.option(
+        "-o", "--output", required=required, type=kind, metavar="FILE", help="File to write."
+    )
+
+
+nodes = group_of(
+    click.option(
+        "--include",
+        multiple=True,
+        metavar="PATTERN",
+        help="Only these nodes: a glob, re:EXPRESSION, op:TYPE, or FIRST..LAST. Repeatable.",
+    ),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="All but these nodes."),
+)
+runtime = group_of(
+    click.option(
+        "--threads", type=click.IntRange(0), help="Threads, 0 for all cores. [default: 1]"
+    ),
+    click.option("--provider", help="Execution provider of ONNX Runtime. [default: CPU]"),
+    click.option("--level", type=click.Choice(list(LEVELS)), help="Optimization. [default: all]"),
+)
+target = click.option(
+    "--target",
+    type=click.Choice(["auto", *TARGETS]),
+    default="auto",
+    show_default=True,
+    help="The runtime and processor that the result is for.",
+)
+seed = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of every random choice."
+)
+max_memory = click.option("--max-memory", type=Bytes(), help="Bound on calibration, such as 400MB.")
+recipes = group_of(
+    click.option(
+        "--recipe",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Replay a recipe (TOML); options given beside it override it.",
+    ),
+    click.option("--print-recipe", is_flag=True, help="Print the recipe that replays the result."),
+)
+shown = group_of(
+    click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output."),
+    click.option("--quiet", is_flag=True, help="No progress and no report."),
+)

@@ -1,0 +1,252 @@
+"""Weights travel beside the graph: the graph library never sees their bytes.
+
+At load every large tensor becomes an array, or a mapped piece of its external file, and leaves a
+**stub** in the protobuf: same name, type and shape, and a number in place of the data. At save the
+numbers are filled in again. A skeleton, a protobuf with stubs, is small whatever the model weighs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from onnxc.errors import ModelError
+
+KEEP = 1024  # bytes: tensors up to this size stay in a skeleton, for shape inference
+_MARK = "onnxc:"
+_ALIGN = 4096
+
+
+class ExternalValues(LazyValues):  # type: ignore[misc]
+    """A tensor in an external file: mapped when read, and forgotten after."""
+
+    def __init__(self, path: Path, offset: int, tensor: onnx.TensorProto) -> None:
+        self.path, self.offset = path, offset
+        self.kind = ir.DataType(tensor.data_type)
+        self.shape = tuple(tensor.dims)
+        self.dtype = self.kind.numpy()
+        self.nbytes = stored_bytes(tensor)
+
+    def mapped(self) -> ir.ExternalTensor:
+        shape = ir.Shape(self.shape)
+        at, size = self.offset, self.nbytes
+        return ir.ExternalTensor(str(self.path), at, size, self.kind, shape=shape, name="")
+
+    def load(self) -> NDArray[Any]:
+        """The values, a read-only view of the file where the type allows it."""
+        try:
+            return self.mapped().numpy()
+        except OSError as error:
+            raise ModelError(f"cannot read external data {self.path}: {error.strerror}") from error
+
+
+Values = NDArray[Any] | ExternalValues
+
+
+def stored_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes that a tensor of this type and shape takes in a file; low-bit types are packed."""
+    bits: int = ir.DataType(tensor.data_type).bitwidth
+    return -(-int(prod(tensor.dims)) * bits // 8)
+
+
+def to_array(tensor: onnx.TensorProto) -> NDArray[Any]:
+    """Values of a tensor that holds its data; low-bit and 8-bit floats as ml_dtypes, read-only.
+
+    Raises ModelError when the data does not fill the shape.
+    """
+    try:
+        if tensor.data_type == onnx.TensorProto.STRING:
+            texts = np.empty(len(tensor.string_data), object)
+            texts[:] = list(tensor.string_data)
+            return texts.reshape(tensor.dims)
+        array: NDArray[Any] = ir.serde.TensorProtoTensor(tensor).numpy()
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ModelError(
+            f"initializer {tensor.name!r} is damaged: its data does not fit "
+            f"type {tensor.data_type} and shape {list(tensor.dims)}"
+        ) from error
+    array = np.asarray(array).reshape(tensor.dims)
+    array.flags.writeable = False
+    return array
+
+
+def to_tensor(name: str, values: Values) -> onnx.TensorProto:
+    """A tensor protobuf that holds the values, any type that ONNX knows."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "OUS":
+        return onnx.numpy_helper.from_array(values.astype(object), name)
+    source = to_ir(values)
+    tensor = onnx.TensorProto(name=name, data_type=int(source.dtype), dims=values.shape)
+    tensor.raw_data = source.tobytes()
+    return tensor
+
+
+def to_ir(values: Values) -> ir.ExternalTensor | ir.Tensor[Any]:
+    """The same values as onnx-ir sees them, which can write and pack every type."""
+    return values.mapped() if isinstance(values, ExternalValues) else ir.Tensor(values)
+
+
+def size(values: Values) -> int:
+    """Bytes in a file."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "OUS":
+        return sum(len(text) for text in values.astype(object).flat)
+    return int(to_ir(values).nbytes)
+
+
+def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Initializers and values of Constant nodes, nested bodies included."""
+    pending = [graph]
+    while pending:
+        current = pending.pop()
+        yield from current.initializer
+        for node in current.node:
+            pending += (a.g for a in node.attribute if a.HasField("g"))
+            if node.op_type == "Constant":
+                yield from (a.t for a in node.attribute if a.HasField("t"))
+
+
+def detach(graph: onnx.GraphProto, base: Path | None) -> list[Values]:
+    """Take large and external weights out of a graph, leaving stubs.
+
+    base: folder of the external files. Raises ModelError for data that is missing or damaged.
+    """
+    weights: list[Values] = []
+    for tensor in tensors(graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            weights.append(_external(tensor, base))
+        elif tensor.data_type != onnx.TensorProto.STRING and stored_bytes(tensor) > KEEP:
+            weights.append(to_array(tensor))
+        else:
+            continue
+        _hollow(tensor, len(weights) - 1)
+    return weights
+
+
+def attach(constants: Iterable[gs.Constant], weights: list[Values]) -> None:
+    """Give constants that were imported from a skeleton their values."""
+    for constant in constants:
+        lazy = constant._values
+        if isinstance(lazy, LazyValues) and not isinstance(lazy, ExternalValues):
+            number = _number(lazy.tensor)
+            constant._values = to_array(lazy.tensor) if number is None else weights[number]
+            constant.data_location = None
+
+
+def stub(name: str, values: Values, weights: list[Values]) -> onnx.TensorProto:
+    """A tensor for a skeleton: small values whole, others appended to `weights`."""
+    if isinstance(values, np.ndarray) and (values.nbytes <= KEEP or values.dtype.kind in "OUS"):
+        return to_tensor(name, values)
+    kind = to_ir(values).dtype
+    tensor = onnx.TensorProto(name=name, data_type=int(kind), dims=values.shape)
+    weights.append(values)
+    _hollow(tensor, len(weights) - 1)
+    return tensor
+
+
+def fill(graph: onnx.GraphProto, weights: list[Values]) -> None:
+    """Put the values back in place of the stubs."""
+    for tensor in tensors(graph):
+        number = _number(tensor)
+        if number is not None:
+            tensor.CopyFrom(to_tensor(tensor.name, weights[number]))
+
+
+def empty(graph: onnx.GraphProto) -> None:
+    """Make every stub a valid tensor without elements, as a structural check needs."""
+    for tensor in tensors(graph):
+        if _number(tensor) is not None:
+            tensor.CopyFrom(
+                onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0])
+            )
+
+
+def spill(graph: onnx.GraphProto, weights: list[Values], file: BinaryIO, location: str) -> None:
+    """Write the weights to an external file, one at a time, and refer to them from the stubs."""
+    places: dict[int, tuple[int, int]] = {}
+    for tensor in tensors(graph):
+        number = _number(tensor)
+        if number is None:
+            continue
+        if number not in places:
+            places[number] = _append(file, to_ir(weights[number]))
+        _refer(tensor, location, *places[number])
+
+
+def _append(file: BinaryIO, source: ir.ExternalTensor | ir.Tensor[Any]) -> tuple[int, int]:
+    offset = -(-file.tell() // _ALIGN) * _ALIGN
+    file.write(b"\0" * (offset - file.tell()))
+    source.tofile(file)
+    return offset, file.tell() - offset
+
+
+def _hollow(tensor: onnx.TensorProto, number: int) -> None:
+    name, kind, dims = tensor.name, tensor.data_type, list(tensor.dims)
+    tensor.Clear()
+    tensor.name, tensor.data_type = name, kind
+    tensor.dims.extend(dims)
+    _refer(tensor, f"{_MARK}{number}")
+
+
+def _refer(tensor: onnx.TensorProto, location: str, offset: int = 0, length: int = 0) -> None:
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    tensor.external_data.add(key="location", value=location)
+    if length:
+        tensor.external_data.add(key="offset", value=str(offset))
+        tensor.external_data.add(key="length", value=str(length))
+
+
+def _number(tensor: onnx.TensorProto) -> int | None:
+    places = (e.value for e in tensor.external_data if e.key == "location")
+    mark = next((place for place in places if place.startswith(_MARK)), None)
+    return None if mark is None else int(mark.removeprefix(_MARK))
+
+
+def _external(tensor: onnx.TensorProto, base: Path | None) -> ExternalValues:
+    entries = {e.key: e.value for e in tensor.external_data}
+    location = entries.get("location", "")
+    if base is None:
+        raise ModelError(
+            f"weight {tensor.name!r} is in the external file {location!r}; "
+            f"open the model by its path, so that onnxc finds the file"
+        )
+    if not location or not _is_inside(location):
+        raise ModelError(
+            f"weight {tensor.name!r} refers to external data {location!r}, outside the folder "
+            f"of the model; onnxc reads none but files beside the model"
+        )
+    values = ExternalValues(base / location, _integer(entries, "offset", tensor), tensor)
+    _check_length(values, _integer(entries, "length", tensor), tensor.name)
+    return values
+
+
+def _is_inside(location: str) -> bool:
+    path = Path(os.path.normpath(location.replace("\\", "/")))
+    return not path.is_absolute() and path.parts[:1] != ("..",)
+
+
+def _integer(entries: dict[str, str], key: str, tensor: onnx.TensorProto) -> int:
+    text = entries.get(key, "0")
+    if not text.isdecimal():
+        raise ModelError(f"weight {tensor.name!r}: external data has a bad {key} {text!r}")
+    return int(text)
+
+
+def _check_length(values: ExternalValues, declared: int, name: str) -> None:
+    if not values.path.is_file():
+        raise ModelError(f"external data {values.path} of weight {name!r} is missing")
+    if declared and declared != values.nbytes:
+        raise ModelError(
+            f"weight {name!r} needs {values.nbytes} bytes, but its external data has {declared}"
+        )
+    if values.offset + values.nbytes > values.path.stat().st_size:
+        raise ModelError(f"external data {values.path} is too short for weight {name!r}")

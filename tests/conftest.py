@@ -1,0 +1,60 @@
+"""Fixtures for all tests: the shared inputs, models from ONNX text, and one run of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from numpy.typing import NDArray
+
+from onnxc.graph import Model, to_bytes
+from onnxc.runtime import Runtime, run, session
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+Weights = dict[str, NDArray[Any]]
+Parse = Callable[..., onnx.ModelProto]
+Outputs = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real models and data beside the repository; skips where there is none."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder ../shared with real models and data is not here")
+    return SHARED
+
+
+@pytest.fixture
+def parse() -> Parse:
+    """`parse(text, w=array)`: a model from ONNX text; arrays become its initializers.
+
+    The header `<ir_version: 8, opset_import: ["" : 17]>` is added where the text has none.
+    """
+
+    def parsed(text: str, **weights: NDArray[Any]) -> onnx.ModelProto:
+        header = "" if text.lstrip().startswith("<") else '<ir_version: 8, opset_import: ["" : 17]>'
+        model = onnx.parser.parse_model(header + text)
+        tensors = [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in weights.items()]
+        model.graph.initializer.extend(tensors)
+        return model
+
+    return parsed
+
+
+@pytest.fixture
+def outputs() -> Outputs:
+    """`outputs(model, x=array)`: one run without optimizations; outputs by name."""
+
+    def computed(model: Model | onnx.ModelProto | bytes, **feed: Any) -> dict[str, Any]:
+        if isinstance(model, Model):
+            model = to_bytes(model)
+        data = model if isinstance(model, bytes) else model.SerializeToString()
+        return run(session(data, Runtime(level="none")), feed)
+
+    return computed

@@ -1,0 +1,120 @@
+"""Timing in turn: the order of the runs, the statistics, and the ratio with its spread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx.parser
+import pytest
+
+from onnxc import bench
+from onnxc.bench import Latency, speedup, time_interleaved
+from onnxc.errors import ModelError, OptionError
+
+SMALL = """
+<ir_version: 8, opset_import: ["" : 13]>
+small (float[8, 8] x) => (float[8, 8] y) { y = Relu(x) }
+"""
+LARGE = """
+<ir_version: 8, opset_import: ["" : 13]>
+large (float[N, 384] x) => (float[N, N] y) { t = Transpose(x)  y = MatMul(x, t) }
+"""
+
+
+def serialized(text: str) -> bytes:
+    return onnx.parser.parse_model(text).SerializeToString()
+
+
+class Recorder:
+    """Stands for a session: notes each run under its name."""
+
+    def __init__(self, name: str, log: list[tuple[str, float]]) -> None:
+        self.name, self.log = name, log
+
+    def get_outputs(self) -> list[Any]:
+        return []
+
+    def run(self, names: object, feed: dict[str, np.ndarray]) -> list[Any]:
+        self.log.append((self.name, float(feed["x"])))
+        return []
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    runs: list[tuple[str, float]] = []
+    monkeypatch.setattr(bench, "session", lambda model, runtime: Recorder(str(model), runs))
+    return runs
+
+
+def test_models_take_turns(log: list[tuple[str, float]]) -> None:
+    time_interleaved({"a": "A", "b": "B"}, {"x": np.float32(0)}, repeats=4)
+    assert "".join(name for name, _ in log) == "AB" * (bench.WARM_UP + 4)
+
+
+def test_both_models_see_the_same_feed_each_round(log: list[tuple[str, float]]) -> None:
+    time_interleaved({"a": "A", "b": "B"}, [{"x": np.float32(i)} for i in range(2)], repeats=3)
+    timed = log[2 * bench.WARM_UP :]
+    assert [value for _, value in timed] == [0, 0, 1, 1, 0, 0]
+
+
+def test_warm_up_is_not_counted(log: list[tuple[str, float]]) -> None:
+    latency = time_interleaved({"a": "A"}, {"x": np.float32(0)}, repeats=5)["a"]
+    assert len(latency.samples) == 5
+    assert len(log) == 5 + bench.WARM_UP
+
+
+def test_least_time_adds_rounds(log: list[tuple[str, float]]) -> None:
+    few = time_interleaved({"a": "A"}, {"x": np.float32(0)}, repeats=2)["a"]
+    many = time_interleaved({"a": "A"}, {"x": np.float32(0)}, repeats=2, min_time=0.02)["a"]
+    assert len(few.samples) == 2
+    assert len(many.samples) > 2
+
+
+def test_percentiles_are_in_milliseconds() -> None:
+    latency = Latency.of([0.001 * k for k in range(1, 12)])
+    assert latency.p50 == pytest.approx(6.0, abs=1e-9)
+    assert latency.p10 == pytest.approx(2.0, abs=1e-9)
+    assert latency.p90 == pytest.approx(10.0, abs=1e-9)
+    assert latency.spread == pytest.approx(5.0 / 6.0, abs=1e-9)
+
+
+def test_paired_ratio_cancels_drift() -> None:
+    drift = np.linspace(1.0, 3.0, 40)
+    ratio = speedup(Latency.of(0.002 * drift), Latency.of(0.001 * drift))
+    assert ratio.median == pytest.approx(2.0, abs=1e-9)
+    assert ratio.high - ratio.low == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("seconds", "slower"), [(0.002, True), (0.0005, False)])
+def test_slower_is_beyond_the_spread(seconds: float, slower: bool) -> None:
+    assert speedup(Latency.of([0.001] * 9), Latency.of([seconds] * 9)).is_slower is slower
+
+
+def test_a_ratio_inside_its_spread_is_not_slower() -> None:
+    ratio = speedup(Latency.of([0.001] * 4), Latency.of([0.0008, 0.0009, 0.0012, 0.0013]))
+    assert ratio.median < 1.0
+    assert not ratio.is_slower
+
+
+def test_ratio_needs_the_same_rounds() -> None:
+    with pytest.raises(OptionError, match="same rounds"):
+        speedup(Latency.of([0.001] * 3), Latency.of([0.001] * 4))
+
+
+def test_more_work_takes_longer() -> None:
+    feed = {"x": np.ones((8, 8), np.float32)}
+    large = {"x": np.ones((512, 384), np.float32)}
+    small_ms = time_interleaved({"m": serialized(SMALL)}, feed, repeats=9)["m"].p50
+    large_ms = time_interleaved({"m": serialized(LARGE)}, large, repeats=9)["m"].p50
+    assert 0 < small_ms < large_ms
+
+
+def test_a_model_that_cannot_run_is_named_by_a_sentence() -> None:
+    with pytest.raises(ModelError, match="cannot run"):
+        time_interleaved({"m": serialized(SMALL)}, {"x": np.ones((3, 3), np.float32)})
+
+
+def test_no_model_is_an_error() -> None:
+    with pytest.raises(OptionError, match="at least one model"):
+        time_interleaved({}, {"x": np.float32(0)})

@@ -1,0 +1,166 @@
+"""Reports: the verdict, JSON, and what a reader sees."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from onnxc.bench import Latency, Ratio
+from onnxc.check import Comparison, Coverage, Fidelity, Kernel
+from onnxc.core import Change, Skip
+from onnxc.report import (
+    Measure,
+    Report,
+    Validation,
+    count_text,
+    render,
+    render_validation,
+    size_text,
+    to_dict,
+    to_json,
+    verdict,
+)
+
+BEFORE = Measure(4_000_000, Latency(1.9, 2.0, 2.1, 0.05, (2.0, 2.0)))
+AFTER = Measure(1_000_000, Latency(0.9, 1.0, 1.1, 0.05, (1.0, 1.0)))
+COMPARISON = Comparison(
+    samples=200,
+    outputs={"y": Fidelity(sqnr=31.25, cosine=0.9995, max_abs_error=0.125, agreement=0.985)},
+    agreement=0.985,
+    top1=(0.71, 0.705),
+    top5=(0.9, 0.9),
+)
+KERNELS = (Kernel("/a", "QLinearConv", True), Kernel("/b", "MatMul", False, "two activations"))
+GOOD = Report(
+    model="m.onnx",
+    output="m.int8.onnx",
+    before=BEFORE,
+    after=AFTER,
+    speedup=Ratio(2.0, 1.9, 2.1),
+    comparison=COMPARISON,
+    coverage=Coverage(KERNELS, 2, 0),
+    changes=(Change("/a", "int8", 400, 100),),
+    skips=tuple(Skip(f"/gelu{i}", "left float: faster so") for i in range(9))
+    + (Skip("/odd", "its weight is computed by the graph"),),
+    notes=("3 images were skipped",),
+    recipe="seed = 0\n",
+    memory_peak=380_000_000,
+    seconds=4.21,
+)
+
+
+def shown(renderable: Any, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_a_good_result() -> None:
+    good, sentence = verdict(GOOD)
+    assert good
+    assert "4.00x smaller, 2.00x faster, top-1 -0.50 points" in sentence
+    assert "agrees with the original on 98.5 % of 200 samples" in sentence
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"speedup": Ratio(0.8, 0.75, 0.85)}, "slower than the original"),
+        ({"comparison": replace(COMPARISON, top1=(0.71, 0.69))}, "top-1 drops by more than 1 point"),
+        ({"missed": ("top-1 drops by 0.50 points, more than 0.1",)}, "more than 0.1"),
+    ],
+)
+def test_a_result_that_is_not_good(changed: dict[str, Any], reason: str) -> None:
+    report = replace(GOOD, **changed)
+    good, sentence = verdict(report)
+    assert not good
+    assert reason in sentence
+    assert "not good:" in shown(render(report))
+
+
+def test_a_speed_inside_its_spread_is_no_gain_and_no_loss() -> None:
+    good, sentence = verdict(replace(GOOD, speedup=Ratio(0.99, 0.95, 1.02)))
+    assert good
+    assert "as fast within the spread" in sentence
+
+
+def test_the_table_has_before_after_and_ratio() -> None:
+    lines = {line.split("  ")[0]: line.split() for line in shown(render(GOOD)).splitlines()}
+    assert lines["file"][1:] == ["4.0", "MB", "1.0", "MB", "4.00x"]
+    assert lines["latency p50"][2:] == ["2.000", "ms", "1.000", "ms", "2.00x"]
+    assert lines["top-1"][1:] == ["71.00", "%", "70.50", "%", "-0.50"]
+    assert lines["int8 kernels"][-1] == "1/2"
+
+
+def test_skipped_nodes_are_grouped_by_reason_the_most_frequent_first() -> None:
+    text = shown(render(GOOD), width=200)
+    assert "left alone: 10 nodes" in text
+    grouped = "9 left float: faster so: /gelu0, /gelu1, /gelu2, /gelu3 and 5 more"
+    words = " ".join(text.split())
+    assert grouped in words
+    assert words.index(grouped) < words.index("1 its weight is computed by the graph: /odd")
+    assert "run in float: 1 node" in text
+
+
+def test_effort_notes_and_headline() -> None:
+    text = shown(render(replace(GOOD, headline="made without data")))
+    assert text.startswith("made without data")
+    assert "3 images were skipped" in text
+    assert "4.2 s, peak memory 380.0 MB" in text
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_line_is_wider_than_the_console(width: int) -> None:
+    report = replace(GOOD, notes=("a long note " * 40,), output="folder/" * 20 + "m.onnx")
+    assert max(map(len, shown(render(report), width).splitlines())) <= width
+
+
+def test_names_are_not_markup() -> None:
+    report = replace(GOOD, model="[red]m[/red].onnx", skips=(Skip("[bold]n", "why"),))
+    text = shown(render(report))
+    assert "[red]m[/red].onnx" in text
+    assert "[bold]n" in text
+
+
+def test_rendering_is_stable() -> None:
+    assert shown(render(GOOD)) == shown(render(replace(GOOD, skips=GOOD.skips)))
+
+
+def test_validation_lists_each_output() -> None:
+    report = Validation("a.onnx", "b.onnx", BEFORE, AFTER, COMPARISON)
+    line = next(x for x in shown(render_validation(report)).splitlines() if x.startswith("y "))
+    assert line.split() == ["y", "31.2", "dB", "0.999500", "0.125", "98.50", "%"]
+
+
+def test_json_holds_fields_and_properties_but_no_samples() -> None:
+    found = json.loads(to_json(GOOD))
+    assert found["recipe"] == "seed = 0\n"
+    assert found["coverage"]["integer"] == 1
+    assert found["comparison"]["sqnr"] == pytest.approx(31.25, abs=1e-9)
+    assert found["speedup"]["is_slower"] is False
+    assert "samples" not in found["before"]["latency"]
+    assert found["skips"][9] == {"node": "/odd", "reason": "its weight is computed by the graph"}
+
+
+def test_json_is_valid_for_odd_values() -> None:
+    odd = {"inf": math.inf, "array": np.float32(0.5), "path": Path("a"), "set": {"b", "a"}}
+    assert to_dict(odd) == {"inf": None, "array": 0.5, "path": "a", "set": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (13_960_000, "14.0 MB"), (2 * 10**9, "2.0 GB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size_text(count) == text
+
+
+def test_counts() -> None:
+    assert (count_text(7), count_text(3_500_000)) == ("7", "3.5 M")
