@@ -3,7 +3,7 @@
 Memory is planned. With w the bytes of the weights, t those of the taps and l those of the largest
 set of live activations of one sample, a run of b samples takes about
 
-    BASE + WEIGHT_COPIES * w + b * (t + l).
+    BASE + WEIGHT_COPIES * w + ARENA * b * (t + l).
 
 Where that exceeds `max_memory` for b = 1, the taps are split into segments: groups, each with its
 own session on the part of the model that its taps need, and the data is read once a segment.
@@ -32,9 +32,10 @@ from onnxc.graph import Model, to_proto
 from onnxc.runtime import Runtime, run, session
 
 MIB = 1 << 20
-BASE = 144 * MIB  # Python with the libraries, before any model
+BASE = 160 * MIB  # Python with the libraries, before any model
 WEIGHT_COPIES = 3  # the exported model, its bytes, and the session's own
-CHUNK = 32 * MIB  # tapped bytes of one run: more is no faster, for it leaves the caches
+ARENA = 1.5  # bytes that ONNX Runtime's arena takes for a byte of activations
+CHUNK = 48 * MIB  # of taps in one run: more is no faster, for it leaves the caches
 LARGEST_BATCH = 64
 
 Progress = Callable[[int, int], None]
@@ -74,14 +75,15 @@ def collect(
     dataset: Dataset,
     *,
     max_memory: int | None = None,
-    threads: int = 0,
+    threads: int = 1,
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> Collected:
     """Gather the statistics that `keys` name by running the model over the whole dataset.
 
-    max_memory: bytes that the process may take, or None. threads: 0 for all cores. batch: samples
-    in a run; None: as many as are fast and fit. progress: called with (samples done, in all).
+    max_memory: bytes that the process may take, or None. threads: of ONNX Runtime, 0 for all
+    cores; one is best where others use the machine, for idle threads spin. batch: samples in a run;
+    None: as many as are fast and fit. progress: called with (samples done, samples in all).
 
     A key whose tensor cannot be observed (inside a body, constant, holding infinity as an attention
     mask does) is left out with a note. Raises OptionError for an unknown tensor or statistic,
@@ -144,7 +146,8 @@ def plan_runs(
         return Plan(batch or 1, ((),), BASE)
     feed = next(iter(dataset.batches(1)))
     group = fixed_batch(dataset.inputs, dataset.source.axes)
-    bytes_of = {n: x.nbytes // (group or 1) for n, x in tap.layouts(proto, feed).items()}
+    layouts = tap.layouts(proto, feed)
+    bytes_of = {n: int(ARENA * x.nbytes) // (group or 1) for n, x in layouts.items()}
     live = tap.peak(tap.needed(proto.graph, taps), bytes_of, ())
     tapped = sum(bytes_of[n] for n in taps)
     fixed = BASE + WEIGHT_COPIES * tap.weight_bytes(proto.graph)

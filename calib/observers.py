@@ -202,10 +202,53 @@ class MeanObserver:
         return bool(np.isnan(self.total).any())
 
 
+@dataclass
+class PeakObserver:
+    """Mean over the samples of each channel's largest magnitude: a range that one outlier cannot set.
+
+    total: float64 (channels,), the sum of the samples' peaks; count: samples.
+    """
+
+    axis: int | None = None
+    total: NDArray[np.float64] = field(default_factory=lambda: np.zeros(()))
+    count: int = 0
+
+    def update(self, x: Array, samples: int | None = None) -> None:
+        """Add the peaks of every sample; samples: how many `x` holds, None: its first axis."""
+        if x.size == 0:
+            return
+        parts = samples if samples is not None else (x.shape[0] if x.ndim else 1)
+        parts = parts if parts and x.ndim and x.shape[0] % parts == 0 else 1
+        rows = _real(x).reshape(parts, -1, *x.shape[1:]) if x.ndim else _real(x).reshape(1, 1)
+        axis = None if self.axis is None else self.axis % x.ndim + 1
+        axes = tuple(i for i in range(1, rows.ndim) if i != axis)
+        peaks = np.maximum(rows.max(axis=axes), -rows.min(axis=axes))
+        self.total = self.total + peaks.sum(axis=0, dtype=np.float64)
+        self.count += parts
+
+    def merge(self, other: Self) -> Self:
+        """The observer of both data. Raises OptionError when the axes differ."""
+        _same(self.axis, other.axis, "axis")
+        return type(self)(self.axis, self.total + other.total, self.count + other.count)
+
+    @property
+    def peak(self) -> NDArray[np.float64]:
+        return np.asarray(self.total / max(self.count, 1))
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.total).all())
+
+    @property
+    def has_nan(self) -> bool:
+        return bool(np.isnan(self.total).any())
+
+
 OBSERVERS: dict[str, Callable[..., Streaming]] = {
     "range": RangeObserver,
     "histogram": HistogramObserver,
     "mean": MeanObserver,
+    "peak": PeakObserver,
 }
 
 

@@ -30,7 +30,7 @@ from calib.observers import SIDE, HistogramObserver, RangeObserver
 from onnxc.errors import OptionError
 
 Floats = NDArray[np.float64]
-CANDIDATES = 64  # ends of the range that one search line compares
+CANDIDATES = 192  # ranges that a search compares on its coarse grids, and again on its fine ones
 EMPTY = 1e-4  # counts that stand for an empty level, whose divergence would be infinite
 
 
@@ -163,16 +163,17 @@ def mse(observer: HistogramObserver, rule: Rule) -> tuple[float, float]:
 def squared_error(observer: HistogramObserver, scale: Floats, zero: Floats, levels: int) -> Floats:
     """E[(x - q(x))^2] of quantizers of a tensor: scale (n,), zero point in 0 .. levels - 1 (n,)."""
     filled = np.flatnonzero(observer.counts)
-    x = centres(observer)[filled]
-    weights = observer.counts[filled] / max(observer.binned, 1)
-    s, z = scale[:, None], zero[:, None]
+    unit = observer.width  # in which float32 cannot overflow
+    x = (centres(observer)[filled] / unit).astype(np.float32)
+    weights = (observer.counts[filled] / max(observer.binned, 1)).astype(np.float32)
+    s, z = (scale / unit).astype(np.float32)[:, None], zero.astype(np.float32)[:, None]
     error = x / s
     np.rint(error, out=error)
     np.clip(error, -z, levels - 1 - z, out=error)
     error *= s
     error -= x
     np.square(error, out=error)
-    return np.asarray(error @ weights)
+    return np.asarray((error @ weights).astype(np.float64) * unit**2)
 
 
 def centres(observer: HistogramObserver) -> Floats:
@@ -187,21 +188,28 @@ def _search(
 ) -> tuple[float, float]:
     """Fractions of the full (low, high) with least cost, by line searches: both ends, then each.
 
-    A line is searched on a coarse grid, then on a fine one around its best point. Ties go to the
-    wider range.
+    A line is searched on a coarse grid, then on a fine one around its best point; the fewer lines,
+    the finer. Ties go to the wider range.
     """
+    both, low_only, high_only = np.array([[1, 1], [1, 0], [0, 1]], bool)
+    is_line = is_joint or not (has_low and has_high)
+    lines = [both] if is_line else [both, high_only, low_only, high_only, low_only]
+    count = CANDIDATES // len(lines)
+    coarse = np.arange(count, 0, -1) / count
+    near = np.linspace(1, -1, count + 1) / count
     ends = np.ones(2)
-    both, low_only, high_only = np.array([1, 1]), np.array([1, 0]), np.array([0, 1])
-    lines = [both] if is_joint or not (has_low and has_high) else [both, *[high_only, low_only] * 2]
-    coarse = np.arange(CANDIDATES, 0, -1) / CANDIDATES
-    fine = np.linspace(1, -1, CANDIDATES + 1) / CANDIDATES
     for line in lines:
-        free = line == 1
-        for grid in (coarse, None):
-            steps = coarse if grid is not None else np.clip(ends[free][0] + fine, fine[0] / 32, 1)
-            points = np.concatenate([ends[None], np.where(free, steps[:, None], ends)])
-            ends = points[np.argmin(cost(points[:, 0], points[:, 1]))]
+        ends = _best(cost, ends, line, coarse)
+        ends = _best(cost, ends, line, np.clip(ends[line][0] + near, near[0] / 32, 1))
     return float(ends[0]), float(ends[1])
+
+
+def _best(
+    cost: Callable[[Floats, Floats], Floats], ends: Floats, line: NDArray[np.bool_], steps: Floats
+) -> Floats:
+    """The best of `ends` and of the points that have the steps in place of the ends on the line."""
+    points = np.vstack([ends, np.where(line, steps[:, None], ends)])
+    return np.asarray(points[np.argmin(cost(points[:, 0], points[:, 1]))])
 
 
 def _magnitudes(observer: HistogramObserver) -> NDArray[np.int64]:

@@ -147,9 +147,9 @@ def _declared(type_: TypeProto, symbols: Mapping[str, int]) -> Layout | None:
     return None if -1 in dims else Layout(tensor.elem_type, tuple(dims))
 
 
-def _observed(proto: ModelProto, names: Iterable[str], feed: Feed) -> dict[str, Layout]:
+def _observed(proto: ModelProto, names: Sequence[str], feed: Feed) -> dict[str, Layout]:
     """Layouts seen in one run."""
-    types = _types(proto)
+    types = _types(tapped(proto, names))
     tensors = [n for n in names if n not in types or types[n].HasField("tensor_type")]
     probe = tapped(proto, tensors)
     del probe.graph.output[:]
@@ -162,13 +162,12 @@ def _observed(proto: ModelProto, names: Iterable[str], feed: Feed) -> dict[str, 
     return {n: Layout(elements[n], tuple(shapes[f"{n}:shape"].tolist())) for n in tensors}
 
 
-def _types(proto: ModelProto) -> dict[str, TypeProto]:
-    """Types of tensors by ONNX's own inference, run without the weights."""
-    light = tapped(proto, [o.name for o in proto.graph.output])
+def _types(light: ModelProto) -> dict[str, TypeProto]:
+    """Types of tensors by ONNX's own inference; the model loses its weights and outputs to it."""
     for weight in light.graph.initializer:
         light.graph.input.append(
             onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
         )
-    del light.graph.initializer[:]
-    graph = onnx.shape_inference.infer_shapes(light).graph
-    return {v.name: v.type for v in (*graph.value_info, *graph.output)}
+    del light.graph.initializer[:], light.graph.output[:]
+    inferred = onnx.shape_inference.infer_shapes(light)
+    return {v.name: v.type for v in inferred.graph.value_info}

@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from calib import tap
-from calib.collect import BASE, WEIGHT_COPIES, rows_of
+from calib.collect import ARENA, BASE, MIB, WEIGHT_COPIES, rows_of
 from calib.data import Dataset
 from calib.inputs import Feed, fixed_batch
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.graph import Model, to_proto
 from onnxc.runtime import Runtime, run, session
 
-BATCH = 16  # samples whose means are corrected together
-ENOUGH = 8  # fewer follow the single sample rather than the data
+ENOUGH = 8  # samples of a batch: the means of fewer follow the sample, not the data
+LIVE = 256 * MIB  # activations of a batch
 
 
 def drift(
@@ -56,14 +56,9 @@ def drift(
     """
     if not tensors:
         return {}
-    protos = to_proto(original), to_proto(current)
-    for name in tensors:
-        if any(name not in tap.produced(p.graph) for p in protos):
-            raise OptionError(f"tensor {name!r} is not made by both models, so it has no drift")
     used = _spread(dataset, samples)
     channel = {n: axis if isinstance(axis, int) else axis[n] for n in tensors}
-    layouts = tap.layouts(protos[1], next(iter(used.batches(1))))
-    halves = (measuring(protos[0], channel, layouts), correcting(protos[1], channel, layouts))
+    halves, layouts = _halves(original, current, channel, next(iter(used.batches(1))))
     size = _batch(halves, layouts, used, max_memory)
     try:
         drifts = _measure(halves, used, size, threads)
@@ -77,6 +72,21 @@ def drift(
             f"biases were corrected by the means of {size} sample(s) at a time, not of many"
         )
     return _average(drifts, tensors)
+
+
+def _halves(
+    original: Model, current: Model, channel: Mapping[str, int], feed: Feed
+) -> tuple[tuple[ModelProto, ModelProto], dict[str, tap.Layout]]:
+    """The measuring original, the correcting current model, and the layouts of the latter."""
+    protos = to_proto(original), to_proto(current)
+    for name in channel:
+        if any(name not in tap.produced(p.graph) for p in protos):
+            raise OptionError(f"tensor {name!r} is not made by both models, so it has no drift")
+    layouts = tap.layouts(protos[1], feed)
+    return (
+        measuring(protos[0], channel, layouts),
+        correcting(protos[1], channel, layouts),
+    ), layouts
 
 
 def measuring(
@@ -154,16 +164,18 @@ def _batch(
     dataset: Dataset,
     max_memory: int | None,
 ) -> int:
-    """Samples in a run: BATCH, or fewer where memory or the model asks for it."""
+    """Samples in a run: all where activations are small, fewer where memory or the model asks."""
     group = fixed_batch(dataset.inputs, dataset.source.axes)
-    if group or max_memory is None:
-        return group or BATCH
-    sizes = {n: x.nbytes for n, x in layouts.items()}
+    if group:
+        return group
+    sizes = {n: int(ARENA * x.nbytes) for n, x in layouts.items()}
     sizes |= {f"{n}:corrected": size for n, size in sizes.items()}
     live = max(tap.peak(half.graph.node, sizes, ()) for half in halves)
     weights = max(tap.weight_bytes(half.graph) for half in halves)
-    room = max_memory - BASE - WEIGHT_COPIES * weights
-    return int(np.clip(room // max(live, 1), 1, BATCH))
+    room = LIVE
+    if max_memory is not None:
+        room = min(room, max_memory - BASE - WEIGHT_COPIES * weights)
+    return int(np.clip(room // max(live, 1), 1, len(dataset)))
 
 
 def _measure(

@@ -26,8 +26,7 @@ from torch.nn import functional
 from torch.onnx import TrainingMode
 
 FOLDER = Path(__file__).parent
-SEED = 20
-OPSET = 17
+SEED, OPSET = 20, 17
 CLASSES = 10
 GRAY_LEVELS = 16  # a pixel of the data set is an integer from 0 to 16
 DIGIT_SIDE, IMAGE_SIDE = 8, 32

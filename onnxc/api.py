@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
+from calib import merge
 from calib.collect import collect
 from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
-from onnxc import statistics
 from onnxc.bench import speedup, time_interleaved
 from onnxc.check import compare, coverage
 from onnxc.core import Key
@@ -184,19 +184,13 @@ def calibrate(
     target = check_output(output, path)
     dataset = open_data(data, input_specs(path), preprocess, samples, seed)
     opened = load(path)
+    digest = merge.digest(opened)
     infer(opened, next(iter(dataset.batches(1))))
     keys = [Key(name, "histogram") for name in _float_tensors(opened)]
     count = (lambda done, total: progress(f"calibrating {done}/{total}")) if progress else None
     found = collect(opened, keys, dataset, max_memory=max_memory, progress=count)
-    origin = statistics.Origin(
-        model=statistics.digest(path),
-        data=dataset.fingerprint(),
-        samples=found.samples,
-        batch=found.batch,
-        runtime=onnxruntime.__version__,
-        provider=Runtime().provider,
-    )
-    statistics.save(target, found.stats, origin)
+    seen = (dataset.fingerprint(),)
+    merge.save(merge.Statistics(found.stats, digest, seen, found.batch), target)
     return Calibrated(
         model=str(path),
         output=str(target),
@@ -272,25 +266,34 @@ def peak_memory() -> int | None:
 
 def write_vectors(
     reference: Path, candidate: Path, dataset: Dataset, folder: Path, runtime: Runtime = Runtime()
-) -> int:
+) -> None:
     """Write folder/model.onnx (the candidate) and folder/test_data_set_k/{input,output}_i.pb.
 
     The outputs are the reference's, so that a target's own runtime can be checked against them.
-    Returns the number of sets. Raises ModelError for an output that is not a tensor.
+    The folder appears whole or not at all. Raises ModelError for an output that is not a tensor.
     """
     opened, specs = session(reference, runtime), input_specs(reference)
-    folder.mkdir(exist_ok=True)
-    for file in (candidate, *external_files(candidate)):
-        place = folder / ("model.onnx" if file == candidate else file.relative_to(candidate.parent))
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".onnxc-") as temporary:
+        made = Path(temporary) / "vectors"
+        _copy_model(candidate, made / "model.onnx")
+        for number, feed in enumerate(islice(dataset.batches(1), VECTORS)):
+            place = made / f"test_data_set_{number}"
+            place.mkdir()
+            _write_tensors(place, "input", {spec.name: feed[spec.name] for spec in specs})
+            _write_tensors(place, "output", run(opened, feed))
+        if folder.exists():
+            folder.rmdir()  # empty, as checked
+        made.rename(folder)
+
+
+def _copy_model(model: Path, target: Path) -> None:
+    """Copy a model with the files of its external data."""
+    target.parent.mkdir()
+    shutil.copyfile(model, target)
+    for file in external_files(model):
+        place = target.parent / file.relative_to(model.parent)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
-    count = 0
-    for count, feed in enumerate(islice(dataset.batches(1), VECTORS), 1):
-        place = folder / f"test_data_set_{count - 1}"
-        place.mkdir(exist_ok=True)
-        _write_tensors(place, "input", {spec.name: feed[spec.name] for spec in specs})
-        _write_tensors(place, "output", run(opened, feed))
-    return count
 
 
 def _write_tensors(folder: Path, side: str, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -306,9 +309,9 @@ def _check_folder(folder: Path) -> None:
         raise OptionError(f"{folder} is a file; give a folder for the vectors")
     if not folder.parent.is_dir():
         raise OptionError(f"{folder}: there is no folder {folder.parent}; create it first")
-    if any(folder.glob("test_data_set_*")):
-        raise OptionError(f"{folder} holds test_data_set folders already; give a new folder")
-    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+    if folder.exists() and any(folder.iterdir()):
+        raise OptionError(f"{folder} is not empty; give a new folder for the vectors")
+    if not os.access(folder.parent, os.W_OK):
         raise OptionError(f"{folder} is not writable; give another place")
 
 

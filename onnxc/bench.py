@@ -40,7 +40,7 @@ class Latency:
     samples: tuple[float, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Latency:
+    def of(cls, seconds: Sequence[float] | NDArray[np.float64]) -> Latency:
         """Summary of the times of all rounds, given in seconds."""
         ms = np.asarray(seconds, np.float64) * 1e3
         p10, p25, p50, p75, p90 = (float(q) for q in np.percentile(ms, (10, 25, 50, 75, 90)))

@@ -2,7 +2,7 @@
 
 `problems` takes two states of a model and says in plain sentences what the second one broke:
 validity (onnx.checker, ONNX Runtime), the interface, or the numbers. A fault that the first state
-already had is not a problem of the rewrite. A lossless rewrite is judged by the signal-to-noise ratio
+already had is no problem of the rewrite. A lossless rewrite is judged by its signal-to-noise ratio
 
     SQNR = 10 log10(Σ ref² / Σ (ref − out)²)  dB
 
@@ -114,7 +114,8 @@ def _type_name(tensor: gs.Tensor) -> str:
     if tensor.dtype is None:
         return "untyped"
     kind = tensor.dtype
-    return onnx.TensorProto.DataType.Name(kind) if isinstance(kind, int) else np.dtype(kind).name
+    name = onnx.TensorProto.DataType.Name(kind) if isinstance(kind, int) else np.dtype(kind).name
+    return str(name)
 
 
 def _shape_text(tensor: gs.Tensor) -> str:

@@ -40,7 +40,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _say(f"Error: {_sentence(error)}", BAD_INPUT)
     except BrokenPipeError:  # the reader of a pipe has left
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return GOOD
     except MemoryError:
         return _say("Error: there is not enough memory; try --max-memory or --samples", BAD_INPUT)

@@ -21,14 +21,16 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from onnxc.errors import ModelError
-from onnxc.graph import Model, constants, load, nbytes, opset, walk
+from calib.data import InputSpec, synthesize
+from onnxc.errors import DataError, ModelError
+from onnxc.graph import Model, constants, copy, load, nbytes, opset, to_proto, walk
+from onnxc.runtime import Runtime, run, session
 from onnxc.shapes import infer
 
 Shape = Sequence[int | str | None] | None
-Free = frozenset[str]
+Names = frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,14 @@ class Inspection:
 
 
 def inspect(source: str | Path | bytes | onnx.ModelProto | Model) -> Inspection:
-    """Everything about a model that can be told without running it. Raises ModelError."""
-    model = source if isinstance(source, Model) else load(source)
+    """What a model is made of; it is run once where shapes are not known otherwise.
+
+    Raises ModelError when the model cannot be read.
+    """
+    model = copy(source) if isinstance(source, Model) else load(source)
+    inputs, outputs = (tuple(map(_port, p)) for p in (model.graph.inputs, model.graph.outputs))
     notes = (*model.notes, *infer(model))
-    heavy = tuple(heavy_nodes(model.graph))
+    heavy = _heavy_nodes(model)
     known = [node.macs for node in heavy if node.macs is not None]
     return Inspection(
         bytes=file_bytes(source) if isinstance(source, str | Path) else None,
@@ -86,11 +92,11 @@ def inspect(source: str | Path | bytes | onnx.ModelProto | Model) -> Inspection:
         macs=sum(known) if known or not heavy else None,
         opset=opset(model.graph),
         ops=dict(Counter(n.op for g in walk(model.graph) for n in g.nodes).most_common()),
-        inputs=tuple(map(_port, model.graph.inputs)),
-        outputs=tuple(map(_port, model.graph.outputs)),
+        inputs=inputs,
+        outputs=outputs,
         quantized=quantized_as(model.graph),
         heavy=heavy,
-        notes=(*notes, *_unknown_note(len(heavy) - len(known))),
+        notes=(*notes, *_macs_notes(inputs, len(heavy), len(known))),
     )
 
 
@@ -132,7 +138,7 @@ def type_name(dtype: Any) -> str:
     """NumPy-style name of an element type given as NumPy type or ONNX number; "?" if unknown."""
     if not isinstance(dtype, int):
         return "?" if dtype is None else np.dtype(dtype).name
-    name = onnx.TensorProto.DataType.Name(dtype).lower()
+    name = str(onnx.TensorProto.DataType.Name(dtype)).lower()
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
@@ -142,12 +148,20 @@ def quantized_as(graph: gs.Graph) -> str | None:
     return next((kind for kind, marks in _QUANTIZED.items() if ops & marks), None)
 
 
-def heavy_nodes(graph: gs.Graph) -> Iterator[HeavyNode]:
-    """Nodes with multiply-accumulates, nested bodies included, in graph order."""
-    free = frozenset(d for t in graph.inputs for d in t.shape or () if isinstance(d, str))
+def free_dimensions(graph: gs.Graph) -> Names:
+    """Names of the dimensions that the inputs leave open."""
+    return frozenset(d for t in graph.inputs for d in t.shape or () if isinstance(d, str))
+
+
+def heavy_nodes(graph: gs.Graph, free: Names = frozenset()) -> Iterator[HeavyNode]:
+    """Nodes with multiply-accumulates, nested bodies included, in graph order.
+
+    free: names of dimensions that count as 1.
+    """
+    folded = _foldable(graph)
     for node in (n for inner in walk(graph) for n in inner.nodes if n.op in MACS):
         weights = [w for w in node.inputs if isinstance(w, gs.Constant) and len(w.shape) >= 2]
-        can, reason = _verdict(node)
+        can, reason = _verdict(node, folded)
         yield HeavyNode(
             name=node.name,
             op=node.op,
@@ -159,7 +173,7 @@ def heavy_nodes(graph: gs.Graph) -> Iterator[HeavyNode]:
         )
 
 
-def macs(node: gs.Node, free: Free = frozenset()) -> int | None:
+def macs(node: gs.Node, free: Names = frozenset()) -> int | None:
     """Multiply-accumulates of a node; 0 for an op without any, None where shapes are unknown.
 
     free: names of dimensions that count as 1.
@@ -177,7 +191,7 @@ class _UnknownShapeError(Exception):
     """A shape that a MAC rule needs is not known."""
 
 
-def _dims(tensors: Sequence[gs.Tensor], index: int, free: Free) -> list[int]:
+def _dims(tensors: Sequence[gs.Tensor], index: int, free: Names) -> list[int]:
     shape = tensors[index].shape if index < len(tensors) else None
     if shape is None:
         raise _UnknownShapeError
@@ -187,7 +201,7 @@ def _dims(tensors: Sequence[gs.Tensor], index: int, free: Free) -> list[int]:
     return [int(d) for d in dims]
 
 
-Rule = Callable[[gs.Node, Free], int]
+Rule = Callable[[gs.Node, Names], int]
 
 
 def _conv(weight: int) -> Rule:
@@ -196,17 +210,17 @@ def _conv(weight: int) -> Rule:
     )
 
 
-def _conv_transpose(node: gs.Node, free: Free) -> int:
+def _conv_transpose(node: gs.Node, free: Names) -> int:
     return prod(_dims(node.inputs, 0, free)) * prod(_dims(node.inputs, 1, free)[1:])
 
 
-def _product(node: gs.Node, free: Free) -> int:
+def _product(node: gs.Node, free: Names) -> int:
     """Gemm and MatMul: A is input 0, and its last axis is summed over unless it is transposed."""
     axis = -2 if node.attrs.get("transA", 0) else -1
     return prod(_dims(node.outputs, 0, free)) * _dims(node.inputs, 0, free)[axis]
 
 
-def _recurrent(node: gs.Node, free: Free) -> int:
+def _recurrent(node: gs.Node, free: Names) -> int:
     x, w, r = (_dims(node.inputs, i, free) for i in range(3))
     return prod(x[:-1]) * (prod(w) + prod(r))
 
@@ -244,8 +258,8 @@ _WAYS: dict[str, str] = {
 }
 
 
-def _verdict(node: gs.Node) -> tuple[bool, str]:
-    """Whether a heavy node can be compressed, and how or why not."""
+def _verdict(node: gs.Node, folded: Names) -> tuple[bool, str]:
+    """Whether a heavy node can be compressed, and how or why not; folded: see `_foldable`."""
     if node.op in _INTEGER:
         return False, "already integer"
     way = _WAYS.get(node.op, "int8, or fewer bits for the weight alone")
@@ -255,11 +269,27 @@ def _verdict(node: gs.Node) -> tuple[bool, str]:
     if isinstance(second, gs.Constant):
         name = type_name(second.dtype)
         return (True, way) if name in FLOATS else (False, f"its weight is {name}")
-    if second is not None and any(n.op == "DequantizeLinear" for n in second.inputs):
+    if second is not None and second.name in folded and "DequantizeLinear" not in _makers(second):
+        return True, f"{way}, after its weight is folded"
+    if second is not None and "DequantizeLinear" in _makers(second):
         return False, "already quantized (its weight is dequantized in the graph)"
     if node.op == "MatMul":
         return True, "int8 with calibration data (both inputs are activations)"
     return False, "its weight is computed by the graph"
+
+
+def _makers(tensor: gs.Tensor) -> list[str]:
+    return [node.op for node in tensor.inputs]
+
+
+def _foldable(graph: gs.Graph) -> Names:
+    """Names of the main graph's tensors that follow from its constants alone."""
+    names: set[str] = set()
+    for node in graph.nodes:
+        known = (isinstance(t, gs.Constant) or not t.name or t.name in names for t in node.inputs)
+        if node.inputs and not node.op.startswith("Random") and all(known):
+            names.update(t.name for t in node.outputs)
+    return frozenset(names)
 
 
 def _port(tensor: gs.Tensor) -> Port:
@@ -267,8 +297,52 @@ def _port(tensor: gs.Tensor) -> Port:
     return Port(tensor.name, type_name(tensor.dtype), shape)
 
 
-def _unknown_note(count: int) -> tuple[str, ...]:
-    if not count:
-        return ()
-    nodes = "1 node whose shapes are" if count == 1 else f"{count} nodes whose shapes are"
-    return (f"the MACs leave out {nodes} known only at run time",)
+def _heavy_nodes(model: Model) -> tuple[HeavyNode, ...]:
+    """The heavy nodes, with shapes observed in a run where inference left some open."""
+    free = free_dimensions(model.graph)
+    heavy = tuple(heavy_nodes(model.graph, free))
+    if all(node.macs is not None for node in heavy):
+        return heavy
+    _observe(model)
+    return tuple(heavy_nodes(model.graph, free))
+
+
+def _observe(model: Model) -> None:
+    """Run once with every free dimension of the inputs at 1, and note the shapes at heavy nodes."""
+    graph = model.graph
+    for tensor in graph.inputs:
+        if tensor.shape is not None:
+            tensor.shape = [d if isinstance(d, int) else 1 for d in tensor.shape]
+    heavy = (node for node in graph.nodes if node.op in MACS)
+    ports = (t for node in heavy for t in (*node.inputs, *node.outputs) if t.name)
+    wanted = {t.name: t for t in ports if isinstance(t, gs.Variable)}
+    try:
+        feed = next(synthesize([_spec(t) for t in graph.inputs], 1).batches(1))
+        names = [name for name in wanted if name not in feed]
+        proto = to_proto(model)
+        shown = {port.name for port in proto.graph.output}
+        proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in shown)
+        found = run(session(proto.SerializeToString(), Runtime(level="none")), feed, names)
+    except (DataError, ModelError, TypeError):  # strings, sequences, sizes that 1 does not fit
+        return
+    for name, array in found.items():
+        wanted[name].shape = array.shape
+
+
+def _spec(tensor: gs.Tensor) -> InputSpec:
+    shape = None if tensor.shape is None else tuple(tensor.shape)
+    return InputSpec(tensor.name, np.dtype(tensor.dtype), shape)
+
+
+def _macs_notes(inputs: Sequence[Port], total: int, known: int) -> Iterator[str]:
+    dims = (d for port in inputs for d in port.shape or ())
+    free = [d or "one without a name" for d in dims if not isinstance(d, int)]
+    if free and known:
+        yield f"the MACs count each free dimension as 1: {', '.join(dict.fromkeys(free))}"
+    if known < total:
+        nodes = (
+            "1 node whose shapes are"
+            if total - known == 1
+            else f"{total - known} nodes whose shapes are"
+        )
+        yield f"the MACs leave out {nodes} known only at run time"

@@ -119,9 +119,7 @@ def tidy(graph: gs.Graph) -> None:
         if node is not None and id(node) not in alive:
             alive.add(id(node))
             pending += (tensor.name for tensor in _node_reads(node))
-    for node in graph.nodes:
-        if id(node) not in alive:
-            _disconnect(node)
+    _disconnect([node for node in graph.nodes if id(node) not in alive])
     graph.nodes = [node for node in graph.nodes if id(node) in alive]
     for node in graph.nodes:
         for body in bodies(node):
@@ -196,11 +194,17 @@ def _node_names(graph: gs.Graph) -> set[str]:
     return {node.name for node in graph.nodes}
 
 
-def _disconnect(node: gs.Node) -> None:
-    """Take a dead node, with its bodies, out of the lists of the tensors that it touches."""
-    for inner in (body for direct in bodies(node) for body in walk(direct)):
-        for nested in inner.nodes:
-            nested.inputs.clear()
-            nested.outputs.clear()
-    node.inputs.clear()
-    node.outputs.clear()
+def _disconnect(dead: list[gs.Node]) -> None:
+    """Take dead nodes and their bodies out of the lists of the tensors that they touch.
+
+    Each list is rebuilt once: removing one by one, as gs does, compares all pairs of users.
+    """
+    nested = (n for node in dead for body in bodies(node) for g in walk(body) for n in g.nodes)
+    gone = {id(node): node for node in (*dead, *nested)}
+    touched = {id(t): t for node in gone.values() for t in (*node.inputs, *node.outputs)}
+    for tensor in touched.values():
+        for users in (tensor.inputs, tensor.outputs):
+            list.__setitem__(users, slice(None), [n for n in users if id(n) not in gone])
+    for node in gone.values():
+        list.clear(node.inputs)
+        list.clear(node.outputs)

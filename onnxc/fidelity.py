@@ -13,7 +13,6 @@ SQNR comes from the mean of their relative noise powers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,14 @@ from numpy.typing import NDArray
 from calib.data import Dataset
 from calib.inputs import sample_axes
 from onnxc.errors import DataError, ModelError
-from onnxc.graph import Model, to_bytes
+from onnxc.graph import Model, runnable
 from onnxc.runtime import Runtime, run, session
 
 BATCH = 16  # samples a run where the model takes any batch size
 SQNR_CAP = 200.0  # dB reported for equal outputs: past what float64 sums resolve
 
 Array = NDArray[Any]
+Pair = tuple[float, float]  # of the reference, of the candidate
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Comparison:
     samples: int
     outputs: dict[str, Fidelity]
     agreement: float | None = None
-    top1: tuple[float, float] | None = None
-    top5: tuple[float, float] | None = None
-    perplexity: tuple[float, float] | None = None
+    top1: Pair | None = None
+    top5: Pair | None = None
+    perplexity: Pair | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -96,7 +96,7 @@ def compare(
     labels: (N,) or (N, T) integers; those of the data set by default. Raises ModelError where a
     model does not run or has other outputs, DataError where the labels do not fit the samples.
     """
-    opened = [session(_source(model), runtime) for model in (reference, candidate)]
+    opened = [_open(model, runtime) for model in (reference, candidate)]
     names = _shared_outputs(opened[0], opened[1])
     truth = dataset.labels if labels is None else labels
     if truth is not None and len(truth) != len(dataset):
@@ -123,11 +123,15 @@ def compare(
         f"output {n!r} is not a tensor of one shape and is not compared" for n in sorted(skipped)
     ]
     agreement = next((f.agreement for f in fidelities.values() if f.agreement is not None), None)
-    return Comparison(done, fidelities, agreement, *scores.result(), tuple(notes))
+    top1, top5, perplexity = scores.result()
+    return Comparison(done, fidelities, agreement, top1, top5, perplexity, tuple(notes))
 
 
-def _source(model: Model | Path | bytes) -> bytes | Path:
-    return to_bytes(model) if isinstance(model, Model) else model
+def _open(model: Model | Path | bytes, runtime: Runtime) -> ort.InferenceSession:
+    if not isinstance(model, Model):
+        return session(model, runtime)
+    with runnable(model) as source:
+        return session(source, runtime)
 
 
 def _shared_outputs(reference: ort.InferenceSession, candidate: ort.InferenceSession) -> list[str]:
@@ -228,14 +232,17 @@ class _Scores:
                 self.surprise[row] += _surprise(scores, targets)
         self.count += targets.size
 
-    def result(self) -> Iterator[tuple[float, float] | None]:
+    def result(self) -> tuple[Pair | None, Pair | None, Pair | None]:
+        """top-1, top-5 and perplexity, each (reference, candidate)."""
         if not self.count:
-            yield from (None, None, None)
-            return
-        for column in self.hits.T / self.count:
-            yield float(column[0]), float(column[1])
-        mean = np.exp(self.surprise / self.count)
-        yield (float(mean[0]), float(mean[1])) if self.is_tokens else None
+            return None, None, None
+        first, fifth = (_pair(column) for column in self.hits.T / self.count)
+        mean = _pair(np.exp(self.surprise / self.count))
+        return first, fifth, mean if self.is_tokens else None
+
+
+def _pair(both: Array) -> Pair:
+    return float(both[0]), float(both[1])
 
 
 def _targets(labels: Array | None, feed: dict[str, Array]) -> Array | None:

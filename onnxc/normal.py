@@ -162,7 +162,8 @@ def _inline(model: ModelProto, notes: list[str]) -> ModelProto:
     inlined = onnx.inliner.inline_local_functions(model)
     done = count - len(inlined.functions)
     if done:
-        notes.append(f"{done} local functions were inlined, as ONNX Runtime does")
+        what = "local function was" if done == 1 else "local functions were"
+        notes.append(f"{done} {what} inlined, as ONNX Runtime does")
     return inlined
 
 

@@ -34,6 +34,8 @@ class Op:
     data: positions of the activation inputs. weight, bias: positions of the constants, or None.
     out_axis, in_axis: axes of the weight's output and input channels, as functions of the node.
     y_axis: the channel axis of the output. homogeneous: f(s x) = s f(x) for each channel's s > 0.
+    bounds: positions of the least and largest output. float_output: the integer kernel can return
+    float, so that its output needs no scale. fits: whether a node's attributes suit the integer kernel.
     """
 
     role: Role = "opaque"
@@ -44,6 +46,9 @@ class Op:
     in_axis: Callable[[gs.Node], int] | None = None
     y_axis: int = 1
     homogeneous: bool = False
+    bounds: tuple[int, ...] = ()
+    float_output: bool = False
+    fits: Callable[[gs.Node], bool] | None = None
 
 
 def groups(node: gs.Node) -> int:
@@ -64,11 +69,20 @@ def _matmul_rank(node: gs.Node) -> int:
     return len(node.inputs[1].shape)
 
 
+def _takes_nearest(node: gs.Node) -> bool:
+    return bool(node.attrs.get("mode", "nearest") == "nearest")
+
+
 OPS: dict[str, Op] = {
     "Conv": Op("weighted", weight=1, bias=2, out_axis=lambda n: 0, in_axis=lambda n: 1),
     "ConvTranspose": Op("weighted", weight=1, bias=2, out_axis=lambda n: 1, in_axis=lambda n: 0),
     "Gemm": Op(
-        "weighted", weight=1, bias=2, out_axis=_gemm_out, in_axis=lambda n: 1 - _gemm_out(n)
+        "weighted",
+        weight=1,
+        bias=2,
+        out_axis=_gemm_out,
+        in_axis=lambda n: 1 - _gemm_out(n),
+        float_output=True,
     ),
     "MatMul": Op(
         "weighted",
@@ -76,17 +90,18 @@ OPS: dict[str, Op] = {
         out_axis=lambda n: _matmul_rank(n) - 1,
         in_axis=lambda n: _matmul_rank(n) - 2,
         y_axis=-1,
+        float_output=True,
     ),
     "LSTM": Op("recurrent", weight=1),
     "GRU": Op("recurrent", weight=1),
-    "Gather": Op("lookup", data=(0,), weight=0, homogeneous=True),
+    "Gather": Op("lookup", weight=0),
     "Add": Op("sum", data=(0, 1), homogeneous=True),
     "Mul": Op("sum", data=(0, 1)),
     "Concat": Op("sum", data=()),
     "AveragePool": Op("sum", homogeneous=True),
     "GlobalAveragePool": Op("sum", homogeneous=True),
-    "Sigmoid": Op("sum"),
     "LeakyRelu": Op("sum", homogeneous=True),
+    "Sigmoid": Op("sum"),
     "MaxPool": Op("same", homogeneous=True),
     "Reshape": Op("same"),
     "Transpose": Op("same"),
@@ -96,12 +111,11 @@ OPS: dict[str, Op] = {
     "Slice": Op("same"),
     "Split": Op("same"),
     "Expand": Op("same"),
+    "Tile": Op("same"),
     "DepthToSpace": Op("same"),
-    "SpaceToDepth": Op("same"),
-    "Pad": Op("same"),
-    "Resize": Op("same"),
+    "Resize": Op("same", fits=_takes_nearest),
     "Relu": Op("activation", homogeneous=True),
-    "Clip": Op("activation"),
+    "Clip": Op("activation", bounds=(1, 2)),
 }
 
 OPAQUE = Op(data=())

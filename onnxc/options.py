@@ -31,38 +31,28 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
-class Bytes(click.ParamType):
-    """An amount of memory: 400MB, 2GB, 1.5GiB, or plain bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", value)
-        if not found or found[2].lower() not in UNITS or found[1].count(".") > 1:
-            self.fail(f"{value!r} is not an amount of memory; write 400MB or 2GB", param, ctx)
-        amount = int(float(found[1]) * UNITS[found[2].lower()])
-        if amount <= 0:
-            self.fail(f"{value!r} is no memory at all; write 400MB or 2GB", param, ctx)
-        return amount
+def amount(text: str) -> int:
+    """Bytes from 400MB, 2GB, 1.5GiB, or a plain number. Raises click.BadParameter."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].lower() not in UNITS:
+        raise click.BadParameter(f"{text!r} is not an amount of memory; write 400MB or 2GB")
+    count = int(float(found[1]) * UNITS[found[2].lower()])
+    if not count:
+        raise click.BadParameter(f"{text!r} is no memory at all; write 400MB or 2GB")
+    return count
 
 
-class Typed(click.ParamType):
-    """Text read as the type of a dataclass field."""
+def typed(kind: Any) -> Callable[[str], Any]:
+    """A reader of text as the type of a dataclass field; it raises click.BadParameter."""
 
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
-        self.name = _metavar(kind)
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        for candidate in _readings(value):
-            is_read, result = recipe.read_as(candidate, self.kind)
+    def convert(text: str) -> Any:
+        for candidate in _readings(text):
+            is_read, result = recipe.read_as(candidate, kind)
             if is_read:
                 return result
-        return self.fail(f"{value!r} is not {recipe.describe(self.kind)}", param, ctx)
+        raise click.BadParameter(f"{text!r} is not {recipe.describe(kind)}")
+
+    return convert
 
 
 def _readings(text: str) -> Iterator[Any]:
@@ -84,7 +74,7 @@ def _fraction(text: str) -> float:
 
 
 def _metavar(kind: Any) -> str:
-    return "|".join(_word(k) for k in _members(kind) if k is not NoneType)
+    return "|".join(_word(k) for k in _members(kind) if k is not NoneType).upper()
 
 
 def _word(kind: Any) -> str:
@@ -119,7 +109,7 @@ def _option(cls: type[Any], name: str, kind: Any) -> Decorator[Any]:
     if all(get_origin(k) is Literal and isinstance(get_args(k)[0], str) for k in members):
         settings["type"] = click.Choice([str(v) for k in members for v in get_args(k)])
     else:
-        settings["type"] = Typed(kind)
+        settings |= {"type": typed(kind), "metavar": _metavar(kind)}
     return click.option(f"--{dashed}", name, **settings)
 
 
@@ -247,7 +237,9 @@ target = click.option(
 seed = click.option(
     "--seed", type=int, default=0, show_default=True, help="Of every random choice."
 )
-max_memory = click.option("--max-memory", type=Bytes(), help="Bound on calibration, such as 400MB.")
+max_memory = click.option(
+    "--max-memory", type=amount, metavar="SIZE", help="Bound on calibration, such as 400MB."
+)
 recipes = group_of(
     click.option(
         "--recipe",

@@ -88,13 +88,16 @@ def prepare(
     """
     steps: list[Step] = []
     last = snapshot(model, feed)
+    is_new = True
     for pass_ in passes:
         if progress is not None:
             progress(pass_.name)
-        infer(model)
+        if is_new:
+            infer(model)
         context = Context(opset=opset(model.graph), target=Target("any"))
         step = apply_pass(model, pass_, context, feed, last)
         last = step.after or last
+        is_new = bool(step.changes or step.problems)
         steps.append(step)
     return steps
 

@@ -107,9 +107,9 @@ def loads(text: str) -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """TOML text with every setting written out, so that a later default cannot change it."""
-    top = {"seed": recipe.seed}
+    top: dict[str, Any] = {"seed": recipe.seed}
     top |= {k: v for k in ("include", "exclude") if (v := getattr(recipe.only, k))}
-    tables = [("", top), ("[target]", {"name": recipe.target})]
+    tables: list[tuple[str, Table]] = [("", top), ("[target]", {"name": recipe.target})]
     tables.append(("[calibration]", dict(settings(recipe.calibration))))
     tables += [("[[pass]]", {"name": p.name, **dict(settings(p))}) for p in recipe.passes]
     return "\n".join(_to_text(header, table) for header, table in tables if table)
@@ -129,7 +129,7 @@ def keys(cls: type[Any]) -> dict[str, Any]:
     """Key and type of each field of a dataclass, those of nested dataclasses in line."""
     found: dict[str, Any] = {}
     for name, kind in hints(cls).items():
-        found |= keys(kind) if is_dataclass(kind) else {name: kind}
+        found |= keys(cast(type[Any], kind)) if is_dataclass(kind) else {name: kind}
     return found
 
 

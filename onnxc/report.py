@@ -199,7 +199,7 @@ def render_validation(report: Validation) -> RenderableType:
             _percent(fidelity.agreement),
         )
     notes = (*report.comparison.notes, *report.notes)
-    parts = [title, _measures(report), "", outputs, _verdict(report)]
+    parts: list[RenderableType] = [title, _measures(report), "", outputs, _verdict(report)]
     return Group(*parts, *_kernel_reasons(report.coverage), *_notes(notes))
 
 

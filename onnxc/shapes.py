@@ -2,8 +2,8 @@
 
 ONNX inference runs on a skeleton without the weights, so the size of a model does not matter. What
 it leaves open is observed in one run with Shape nodes, whose outputs are tiny. An observed size
-counts only where it cannot depend on the feed: free dimensions of the inputs are doubled in a second
-run, and a size that moved stays open; so does what lies behind an operator whose output size depends
+counts only where it cannot depend on the feed: free dimensions of the inputs are doubled in another
+run, and a size that moved stays open; so does what lies behind operators whose output size depends
 on values. Declared inputs and outputs are never touched; symbolic dimensions keep their names.
 """
 

@@ -92,7 +92,10 @@ def to_tensor(name: str, values: Values) -> onnx.TensorProto:
 
 def to_ir(values: Values) -> ir.ExternalTensor | ir.Tensor[Any]:
     """The same values as onnx-ir sees them, which can write and pack every type."""
-    return values.mapped() if isinstance(values, ExternalValues) else ir.Tensor(values)
+    if isinstance(values, ExternalValues):
+        return values.mapped()
+    is_native = values.dtype.isnative
+    return ir.Tensor(values if is_native else values.astype(values.dtype.newbyteorder("=")))
 
 
 def size(values: Values) -> int:

@@ -1,0 +1,21 @@
+"""One rewrite a file. Importing this package enters every pass into `onnxc.core.PASSES`."""
+
+from passes.correct_bias import CorrectBias
+from passes.drop_identity import DropIdentity
+from passes.equalize import Equalize
+from passes.fold_constants import FoldConstants
+from passes.fold_norm import FoldNorm
+from passes.quantize import Quantize
+from passes.round_weights import RoundWeights
+from passes.upgrade_opset import UpgradeOpset
+
+__all__ = [
+    "CorrectBias",
+    "DropIdentity",
+    "Equalize",
+    "FoldConstants",
+    "FoldNorm",
+    "Quantize",
+    "RoundWeights",
+    "UpgradeOpset",
+]

@@ -30,8 +30,6 @@ Test = Callable[[gs.Node, int], bool]
 
 
 def _is_plain_dropout(node: gs.Node, opset: int) -> bool:
-    if any(tensor.name and tensor.outputs for tensor in node.outputs[1:]):
-        return False  # the mask is used
     if opset < 7:
         return bool(node.attrs.get("is_test", 0))
     mode = _given(node, 2)
@@ -106,7 +104,7 @@ def _is_neutral(value: float) -> Test:
         if not isinstance(other, gs.Constant) or not _equals(other, value):
             return False
         rank = len(other.shape)
-        return rank == 0 or shape is not None and rank <= len(shape)
+        return rank == 0 or (shape is not None and rank <= len(shape))
 
     return test
 
@@ -156,7 +154,8 @@ class DropIdentity:
                 results.append(Change(node.name, f"{node.op} returns its input"))
             elif reason and node.op in ALWAYS_REPORTED:
                 results.append(Skip(node.name, reason))
-        tidy(graph)
+        if any(isinstance(result, Change) for result in results):
+            tidy(graph)
         return results
 
 
@@ -174,6 +173,8 @@ def _why_not(
         return "excluded"
     if not NOOPS[node.op](node, opset):
         return "not provably a no-op"
+    if any(extra.name in outputs | inner or extra.outputs for extra in node.outputs[1:]):
+        return "its second output is used"
     if y.name in inner:
         return f"a nested body reads {y.name}"
     if y.name not in outputs:
@@ -184,7 +185,7 @@ def _why_not(
 
 
 def _bypass(node: gs.Node, is_output: bool) -> None:
-    """Readers of y read x; for a graph output, the producer of x gives y and readers of x read y."""
+    """Readers of y read x; for a graph output, the maker of x gives y and readers of x read y."""
     x, y = node.inputs[0], node.outputs[0]
     node.inputs.clear()
     node.outputs.clear()

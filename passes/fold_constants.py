@@ -1,13 +1,14 @@
 """Replace what does not depend on the inputs by its value.
 
-A node is *fixed* when all its inputs are constants or outputs of fixed nodes. The tensors that leave
-the fixed part are its *frontier*; ONNX Runtime computes them in one small model, and constants take
-their place. Shape, Size and a Gather from Shape are fixed too where the dimensions are static.
+A node is *fixed* when all its inputs are constants or outputs of fixed nodes. The tensors that
+leave the fixed part are its *frontier*; ONNX Runtime computes them in one small model, and
+constants take their place. Shape, Size, and a Gather from Shape are fixed too where the dimensions
+are static.
 
-Left alone: random operators; QuantizeLinear and DequantizeLinear, whose point is not to be folded;
-nodes with nested bodies; outputs of the graph; and a value that would make the file grow by more than
-`growth` bytes, such as a large ConstantOfShape. Growth is counted in elements, so that a weight stored in
-half precision behind a Cast still becomes a weight.
+Left alone: random operators; QuantizeLinear and DequantizeLinear, which are there to be fused;
+nodes with nested bodies; outputs of the graph; and values that would make the file grow by more
+than `growth` bytes, such as a large ConstantOfShape. Growth is counted in elements, so that a
+weight stored in half precision behind a Cast still becomes a weight.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ from onnxc.graph import (
 )
 from onnxc.runtime import Runtime, run, session
 
-KEPT = frozenset(
-    ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
-    + ("Multinomial", "Bernoulli", "Dropout", "Constant")
-    + ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+RANDOM = frozenset(
+    ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Dropout")
 )
+DRAWN = frozenset(("Multinomial", "Bernoulli"))
+QUANTIZED = frozenset(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"))
+KEPT = RANDOM | DRAWN | QUANTIZED | {"Constant"}
 NODE_BYTES = 64  # of a node in a file, about
 STANDARD = (None, "", "ai.onnx")
 
@@ -52,7 +54,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Frontier:
-    """A tensor that leaves the fixed part: the nodes that make it and the constants they start from."""
+    """A tensor that leaves the fixed part, the nodes that make it, and the constants they read."""
 
     tensor: gs.Tensor
     node: gs.Node
@@ -61,7 +63,8 @@ class Frontier:
 
     def growth(self, elements: int, width: int) -> int:
         """Bytes that the value adds: constants that nothing else reads, and the nodes, go."""
-        freed = sum(prod(source.shape) for source in self.sources if len(source.outputs) == 1)
+        alone = (source for source in self.sources if len(source.outputs) == 1)
+        freed = sum(int(prod(source.shape)) for source in alone)
         return (elements - freed) * width - NODE_BYTES * len(self.nodes)
 
 
@@ -92,7 +95,8 @@ class FoldConstants:
             else:
                 frontiers.append(frontier)
         results += self._fold(graph, frontiers)
-        tidy(graph)
+        if any(isinstance(result, Change) for result in results):
+            tidy(graph)
         return results
 
     def _fold(self, graph: gs.Graph, frontiers: Sequence[Frontier]) -> list[Change | Skip]:
@@ -107,10 +111,11 @@ class FoldConstants:
             if isinstance(value, str):
                 results.append(Skip(frontier.node.name, value))
                 continue
-            is_known = isinstance(value, np.ndarray)
-            size = (value.size, value.dtype.itemsize) if is_known else sizes[frontier.tensor.name]
-            growth = frontier.growth(*size)
-            if not is_known or growth > room:
+            if value is None:
+                growth = frontier.growth(*sizes[frontier.tensor.name])
+            else:
+                growth = frontier.growth(value.size, value.dtype.itemsize)
+            if value is None or growth > room:
                 reason = f"its value would add {growth:,} bytes, past the {self.growth:,} allowed"
                 results.append(Skip(frontier.node.name, reason))
                 continue
@@ -234,21 +239,25 @@ def _sizes(graph: gs.Graph, frontiers: Sequence[Frontier]) -> dict[str, tuple[in
     return sizes
 
 
-def _compute(graph: gs.Graph, frontiers: Sequence[Frontier]) -> dict[str, Any]:
+def _compute(graph: gs.Graph, frontiers: Sequence[Frontier]) -> dict[str, Array | str]:
     """Values by tensor name; the reason in words for one that ONNX Runtime cannot compute."""
     if not frontiers:
         return {}
     names = [frontier.tensor.name for frontier in frontiers]
     try:
         opened = session(to_bytes(_program(graph, frontiers)), Runtime(level="none"))
-        return run(opened, {}, names)
+        return {name: _tensor(value) for name, value in run(opened, {}, names).items()}
     except ModelError as error:
         if len(frontiers) == 1:
             return {names[0]: str(error)}
-    found: dict[str, Any] = {}
+    found: dict[str, Array | str] = {}
     for frontier in frontiers:
         found |= _compute(graph, [frontier])
     return found
+
+
+def _tensor(value: Any) -> Array | str:
+    return value if isinstance(value, np.ndarray) else "its value is not a tensor"
 
 
 def _replace(graph: gs.Graph, frontier: Frontier, value: Array) -> Change:

@@ -7,12 +7,12 @@ Each of them is y = k ⊙ x + c over the channels of x:
     Add, Sub             k = 1 or −1,        c = a  or  −a
 
 so after x = W ∗ z + B the pair becomes one layer with W' = k ⊙ W and B' = k ⊙ B + c, computed in
-float64. The output channels of W are axis 0 for Conv, axis 1 within each group for ConvTranspose, the
-last axis for MatMul and Gemm (axis 0 with transB). In Gemm, W' absorbs k beside alpha, and B' absorbs
-beta. MatMul has no bias: the one of the Add behind it is used, or a norm turns into that Add.
+float64. The output channels of W are axis 0 for Conv, axis 1 within each group for ConvTranspose,
+the last axis for MatMul and Gemm (axis 0 with transB). In Gemm, W' absorbs k beside alpha, and B'
+absorbs beta. MatMul has no bias: that of the Add behind it is used, or a norm turns into that Add.
 
-Left alone: a norm in training mode; an intermediate result that something else reads; weights that are
-not constants. A weight that other nodes read too is copied, not changed.
+Left alone: a norm in training mode; an intermediate result that something else reads; weights that
+are not constants. A weight that other nodes read too is copied, not changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NORM_OPSET = 7  # before it, broadcasting and the mode of a norm were attributes
 Vector = NDArray[np.float64]
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """A pair that cannot be folded, with the reason that the Skip gives."""
 
 
@@ -77,7 +77,7 @@ class Layer:
 @register
 @dataclass(frozen=True)
 class FoldNorm:
-    """Fold batch normalization and per-channel scaling into the convolution or matrix product before."""
+    """Fold batch normalization and per-channel arithmetic into the linear layer before it."""
 
     name: ClassVar[str] = "fold-norm"
     lossless: ClassVar[bool] = True
@@ -95,7 +95,8 @@ class FoldNorm:
             for node in list(graph.nodes)
             if node.op == NORM or _follows_linear(node)
         ]
-        tidy(graph)
+        if any(isinstance(result, Change) for result in results):
+            tidy(graph)
         return results
 
 
@@ -111,12 +112,12 @@ def _consider(
         _guard(layer, node, pinned, allowed)
         k, c = _affine(node, layer)
         return _fold(graph, layer, node, k, c, pinned)
-    except Refusal as refusal:
+    except RefusalError as refusal:
         return Skip(node.name, str(refusal))
 
 
 def _follows_linear(node: gs.Node) -> bool:
-    """Arithmetic with a constant behind constant weights; a MatMul keeps the Add that is its bias."""
+    """Arithmetic with a constant behind constant weights; a MatMul keeps its Add."""
     if node.op not in ARITHMETIC or sum(isinstance(t, gs.Constant) for t in node.inputs) != 1:
         return False
     before = _producer(_other(node))
@@ -143,12 +144,12 @@ def _layer_before(node: gs.Node) -> Layer:
     x = node.inputs[0] if node.op == NORM else _other(node)
     last = _producer(x)
     if last is None:
-        raise Refusal("reads an input of the model, so there is no layer before it")
+        raise RefusalError("reads an input of the model, so there is no layer before it")
     linear = _producer(_other(last)) if _is_bias_add(last) else last
     if linear is None or linear.op not in LINEAR or linear.domain not in (None, "", "ai.onnx"):
-        raise Refusal(f"follows {last.op} {last.name}, which has no weights to fold into")
+        raise RefusalError(f"follows {last.op} {last.name}, which has no weights to fold into")
     if not isinstance(linear.inputs[1], gs.Constant):
-        raise Refusal(f"the weight of {linear.name} is not a constant")
+        raise RefusalError(f"the weight of {linear.name} is not a constant")
     rank = _rank(linear, last)
     return Layer(linear, last, rank, 1 if "Conv" in linear.op or node.op == NORM else -1)
 
@@ -163,21 +164,23 @@ def _rank(linear: gs.Node, last: gs.Node) -> int | None:
 
 
 def _guard(layer: Layer, node: gs.Node, pinned: set[str], allowed: frozenset[str]) -> None:
-    """Raise Refusal where folding would be wrong or is not wanted."""
+    """Raise RefusalError where folding would be wrong or is not wanted."""
     inner = {layer.linear.outputs[0].name: layer.linear.outputs[0]}
     inner[layer.last.outputs[0].name] = layer.last.outputs[0]
     for name, tensor in inner.items():
         if name in pinned or len(tensor.outputs) != 1:
-            raise Refusal(f"something else reads {name}, the result before it")
+            raise RefusalError(f"something else reads {name}, the result before it")
     outside = {layer.linear.name, layer.last.name, node.name} - allowed
     if outside:
-        raise Refusal(f"{min(outside)} is excluded")
+        raise RefusalError(f"{min(outside)} is excluded")
     if layer.linear.op == "MatMul" and len(layer.weight.shape) != 2:
-        raise Refusal(f"the weight of {layer.linear.name} is not a matrix")
+        raise RefusalError(f"the weight of {layer.linear.name} is not a matrix")
     if layer.bias is not None and not isinstance(layer.bias, gs.Constant):
-        raise Refusal(f"the bias of {layer.linear.name} is not a constant")
+        raise RefusalError(f"the bias of {layer.linear.name} is not a constant")
     if node.op == NORM and layer.axis != (layer.rank or 0) - 1 and "Conv" not in layer.linear.op:
-        raise Refusal(f"normalizes axis 1, which is not the output axis of {layer.linear.name}")
+        raise RefusalError(
+            f"normalizes axis 1, which is not the output axis of {layer.linear.name}"
+        )
 
 
 def _affine(node: gs.Node, layer: Layer) -> tuple[Vector, Vector]:
@@ -189,7 +192,7 @@ def _affine(node: gs.Node, layer: Layer) -> tuple[Vector, Vector]:
     if node.op == "Mul":
         return a, np.zeros_like(a)
     if node.op == "Div" and index == 0:
-        raise Refusal("divides a constant by the result, which is not linear")
+        raise RefusalError("divides a constant by the result, which is not linear")
     if node.op == "Div":
         with np.errstate(divide="ignore"):
             return 1 / a, np.zeros_like(a)
@@ -201,43 +204,43 @@ def _affine(node: gs.Node, layer: Layer) -> tuple[Vector, Vector]:
 def _norm_affine(node: gs.Node, channels: int) -> tuple[Vector, Vector]:
     used = [tensor for tensor in node.outputs[1:] if tensor.name]
     if node.attrs.get("training_mode", 0) or used:
-        raise Refusal("is in training mode")
+        raise RefusalError("is in training mode")
     if not node.attrs.get("spatial", 1):
-        raise Refusal("normalizes each position by itself (spatial = 0)")
+        raise RefusalError("normalizes each position by itself (spatial = 0)")
     if not all(isinstance(tensor, gs.Constant) for tensor in node.inputs[1:5]):
-        raise Refusal("has parameters that are not constants")
+        raise RefusalError("has parameters that are not constants")
     s, b, m, v = (values(tensor).astype(np.float64) for tensor in node.inputs[1:5])
     if s.shape != (channels,):
-        raise Refusal(f"has {s.size} channels where the layer before has {channels}")
+        raise RefusalError(f"has {s.size} channels where the layer before has {channels}")
     with np.errstate(all="ignore"):  # a result that is not finite is refused later
         k = s / np.sqrt(v + node.attrs.get("epsilon", 1e-5))
         return k, b - k * m
 
 
 def _per_channel(tensor: gs.Constant, layer: Layer) -> Vector:
-    """A constant as one value a channel. Refusal if it varies along another axis or adds one."""
+    """A constant as one value a channel. RefusalError if it varies along another axis."""
     array = values(tensor)
     n, channels = array.ndim, layer.channels
-    if layer.rank is None and n > 1 or layer.rank is not None and n > layer.rank:
-        raise Refusal("its constant may have more axes than the result before it")
+    if n > (1 if layer.rank is None else layer.rank):
+        raise RefusalError("its constant may have more axes than the result before it")
     axis = n - 1 if layer.axis == -1 else n - (layer.rank or n) + layer.axis
     size = array.shape[axis] if 0 <= axis < n else 1
     if array.size != size or size not in (1, channels):
-        raise Refusal("its constant does not have one value a channel")
+        raise RefusalError("its constant does not have one value a channel")
     return np.broadcast_to(array.astype(np.float64).reshape(-1), (channels,)).copy()
 
 
 def _fold(
     graph: gs.Graph, layer: Layer, node: gs.Node, k: Vector, c: Vector, pinned: set[str]
 ) -> Change:
-    """Write W' and B' and let the layer give the node's output. Refusal if they overflow."""
+    """Write W' and B' and let the layer give the node's output. RefusalError if they overflow."""
     linear, old = layer.linear, layer.weight
     kind = values(old).dtype
     with np.errstate(all="ignore"):
         weight = _scaled(values(old).astype(np.float64), k, linear).astype(kind)
         bias = (_bias(layer) * k + c).astype(kind)
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-        raise Refusal("the folded weights would not be finite")
+        raise RefusalError("the folded weights would not be finite")
     parts = [*node.inputs, old, *([layer.bias] if layer.bias is not None else [])]
     before = sum(nbytes(tensor) for tensor in parts if isinstance(tensor, gs.Constant))
     linear.inputs[1] = _replacement(graph, old, weight, pinned)
@@ -276,7 +279,7 @@ def _bias(layer: Layer) -> Vector:
         return np.zeros(layer.channels)
     array = values(layer.bias).astype(np.float64)
     if array.size not in (1, layer.channels) or array.size not in (1, *array.shape[-1:]):
-        raise Refusal(f"the bias of {layer.linear.name} is not one value a channel")
+        raise RefusalError(f"the bias of {layer.linear.name} is not one value a channel")
     beta = layer.linear.attrs.get("beta", 1.0) if layer.linear.op == "Gemm" else 1.0
     return np.broadcast_to(beta * array.reshape(-1), (layer.channels,))
 
@@ -294,7 +297,7 @@ def _set_bias(graph: gs.Graph, linear: gs.Node, bias: NDArray[Any], pinned: set[
 def _replacement(
     graph: gs.Graph, old: gs.Constant, array: NDArray[Any], pinned: set[str]
 ) -> gs.Constant:
-    """A new constant under the old name, or under a fresh one if something else reads the old one."""
+    """A new constant under the old name, or a fresh one if something else reads the old one."""
     is_shared = old.name in pinned or len(old.outputs) > 1
     return constant(fresh(graph, old.name) if is_shared else old.name, array)
 

@@ -3,13 +3,14 @@
     before   operators that ONNX retired become the expression that defines them
              ImageScaler  y = s x + b[c]        Affine  y = α x + β
              Crop         y = x[:, :, top : −bottom, left : −right]
-    after    a Resize that was an Upsample, or a Resize of opset 10, samples x = y / scale and rounds
-             down: coordinate_transformation_mode "asymmetric", nearest_mode "floor" (the converter
-             leaves the defaults of opset 11, "half_pixel" and "round_prefer_floor")
+    after    a Resize that was an Upsample, or a Resize of opset 10, samples x = y / scale and
+             rounds down: coordinate_transformation_mode "asymmetric", nearest_mode "floor" (the
+             converter leaves the defaults of opset 11, "half_pixel" and "round_prefer_floor")
     after    attributes that no longer exist (consumed_inputs) and made-up shapes are dropped
 
-Large weights stay outside what is converted. The opset belongs to the whole file, so selectors do not limit this pass. A model that the converter
-refuses stays as it is, and the Skip says why; that the outputs stay equal is checked by the pipeline.
+Large weights stay outside what is converted. The opset belongs to the whole file, so selectors do
+not limit this pass. A model that the converter refuses stays as it is, and the Skip says why; that
+the outputs stay equal is checked by the pipeline.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from onnxc.errors import ModelError
 from onnxc.graph import Model, become, fresh, load, skeleton
 from onnxc.runtime import first_line
 
+SCAN_WITHOUT_BATCH = 9  # the first opset whose Scan has no batch axis
 NEWEST_ASYMMETRIC = 10  # the last opset whose Resize had no coordinate mode
+
+CONVERTER_ERRORS: tuple[type[Exception], ...] = (
+    *(ModelError, RuntimeError, ValueError, IndexError),
+    *(onnx.version_converter.ConvertError, onnx.checker.ValidationError),
+    onnx.shape_inference.InferenceError,
+)
+
+TYPED = ("value_info", "input", "output")  # kept as they were: the converter makes some up
 
 Fresh = Callable[[str], str]
 Rewrite = Callable[[NodeProto, Fresh], list[NodeProto]]
@@ -57,37 +67,27 @@ class UpgradeOpset:
         first = graph.nodes[0].name
         try:
             upgraded = load(_converted(graph, context.opset, self.version)).graph
-        except (ModelError, *CONVERTER_ERRORS) as error:
+        except CONVERTER_ERRORS as error:
             reason = f"the model stays at opset {context.opset}: {first_line(error)}"
             return [Skip(first, reason)]
         become(graph, upgraded)
         return [Change(first, f"opset raised from {context.opset} to {self.version}")]
 
 
-CONVERTER_ERRORS: tuple[type[Exception], ...] = (
-    onnx.version_converter.ConvertError,
-    onnx.checker.ValidationError,
-    onnx.shape_inference.InferenceError,
-    RuntimeError,
-    ValueError,
-    IndexError,
-)
-
-
 def _converted(graph: gs.Graph, old: int, new: int) -> ModelProto:
-    """A model of its own at the new opset. Raises CONVERTER_ERRORS or ModelError."""
+    """A model of its own at the new opset. Raises CONVERTER_ERRORS."""
     proto, large = skeleton(Model(graph))
-    shapes = {value.name for value in proto.graph.value_info}
-    inputs, outputs = list(proto.graph.input), list(proto.graph.output)
+    typed = {field: list(getattr(proto.graph, field)) for field in TYPED}
     for inner in _graphs(proto.graph):
+        if old < SCAN_WITHOUT_BATCH and any(node.op_type == "Scan" for node in inner.node):
+            raise ModelError(f"Scan of opset {old} loops over batches, which later ones do not")
         _retire(inner, partial(fresh, graph))
     done = onnx.version_converter.convert_version(proto, new)
     for inner in _graphs(done.graph):
         _mend(inner, old)
-    kept = [value for value in done.graph.value_info if value.name in shapes]
-    for field, ports in (("value_info", kept), ("input", inputs), ("output", outputs)):
+    for field, values in typed.items():
         done.graph.ClearField(field)
-        getattr(done.graph, field).extend(ports)
+        getattr(done.graph, field).extend(values)
     weights.fill(done.graph, large)
     return done
 
@@ -155,7 +155,7 @@ def _scale_and_shift(
 
 
 def _crop(node: NodeProto, fresh: Fresh) -> list[NodeProto]:
-    """Crop by a border, or with `scale` to that height and width from the top left of the border."""
+    """Cut off a border, or with `scale` keep that height and width inside its top left corner."""
     left, top, right, bottom = _attribute(node, "border", [0, 0, 0, 0])
     size = _attribute(node, "scale", [])
     end = 2**31 - 1

@@ -23,7 +23,10 @@ large (float[N, 384] x) => (float[N, N] y) { t = Transpose(x)  y = MatMul(x, t) 
 
 
 def serialized(text: str) -> bytes:
-    return onnx.parser.parse_model(text).SerializeToString()
+    return bytes(onnx.parser.parse_model(text).SerializeToString())
+
+
+FEED = {"x": np.array(0, np.float32)}
 
 
 class Recorder:
@@ -48,25 +51,27 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
 
 
 def test_models_take_turns(log: list[tuple[str, float]]) -> None:
-    time_interleaved({"a": "A", "b": "B"}, {"x": np.float32(0)}, repeats=4)
+    time_interleaved({"a": "A", "b": "B"}, FEED, repeats=4)
     assert "".join(name for name, _ in log) == "AB" * (bench.WARM_UP + 4)
 
 
 def test_both_models_see_the_same_feed_each_round(log: list[tuple[str, float]]) -> None:
-    time_interleaved({"a": "A", "b": "B"}, [{"x": np.float32(i)} for i in range(2)], repeats=3)
+    time_interleaved(
+        {"a": "A", "b": "B"}, [{"x": np.array(i, np.float32)} for i in range(2)], repeats=3
+    )
     timed = log[2 * bench.WARM_UP :]
     assert [value for _, value in timed] == [0, 0, 1, 1, 0, 0]
 
 
 def test_warm_up_is_not_counted(log: list[tuple[str, float]]) -> None:
-    latency = time_interleaved({"a": "A"}, {"x": np.float32(0)}, repeats=5)["a"]
+    latency = time_interleaved({"a": "A"}, FEED, repeats=5)["a"]
     assert len(latency.samples) == 5
     assert len(log) == 5 + bench.WARM_UP
 
 
 def test_least_time_adds_rounds(log: list[tuple[str, float]]) -> None:
-    few = time_interleaved({"a": "A"}, {"x": np.float32(0)}, repeats=2)["a"]
-    many = time_interleaved({"a": "A"}, {"x": np.float32(0)}, repeats=2, min_time=0.02)["a"]
+    few = time_interleaved({"a": "A"}, FEED, repeats=2)["a"]
+    many = time_interleaved({"a": "A"}, FEED, repeats=2, min_time=0.02)["a"]
     assert len(few.samples) == 2
     assert len(many.samples) > 2
 
@@ -117,4 +122,4 @@ def test_a_model_that_cannot_run_is_named_by_a_sentence() -> None:
 
 def test_no_model_is_an_error() -> None:
     with pytest.raises(OptionError, match="at least one model"):
-        time_interleaved({}, {"x": np.float32(0)})
+        time_interleaved({}, FEED)

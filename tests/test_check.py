@@ -77,7 +77,10 @@ def test_invalid_node_is_named_but_an_old_fault_is_not() -> None:
 
 
 def test_integer_outputs_may_flip_only_rarely() -> None:
-    text = "g (float[1000] x, float[1000] o) => (bool[1000] y) { s = Add (x, o) z = Sub (s, s) y = Less (z, s) }"
+    text = """g (float[1000] x, float[1000] o) => (bool[1000] y) {
+        s = Add (x, o)
+        z = Sub (s, s)
+        y = Less (z, s) }"""
 
     def flipped(count: int) -> Model:
         offset = np.where(np.arange(1000) < count, np.float32(-2), np.float32(0))

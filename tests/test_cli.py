@@ -15,10 +15,12 @@ import onnx.parser
 import pytest
 
 import onnxc
-from onnxc import api, options, statistics
+from calib import merge
+from onnxc import api, options
 from onnxc.cli import run
 from onnxc.core import Key
-from onnxc.errors import DataError
+from onnxc.errors import OptionError
+from onnxc.graph import load
 from onnxc.recipe import Recipe, dump
 from onnxc.report import Measure, Report
 from onnxc.runtime import LEVELS, Runtime, session
@@ -117,7 +119,9 @@ def test_validate_a_model_with_itself(model: Path, samples: Path, capsys: Any) -
     assert "100.00 %" in shown
 
 
-def test_a_missed_bound_is_exit_code_1(model: Path, other: Path, samples: Path, capsys: Any) -> None:
+def test_a_missed_bound_is_exit_code_1(
+    model: Path, other: Path, samples: Path, capsys: Any
+) -> None:
     arguments = ("validate", model, other, "--data", samples)
     assert call(*arguments) == 0
     assert call(*arguments, "--max-drop", 1) == 1
@@ -155,6 +159,17 @@ def test_saved_vectors_carry_external_data(model: Path, samples: Path, tmp_path:
     assert call("validate", model, folder / "model.onnx", "--data", folder, "--max-drop", 0) == 0
 
 
+def test_interrupted_vectors_leave_nothing(model: Path, samples: Path, monkeypatch: Any) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(model.parent.iterdir())
+    monkeypatch.setattr(api, "_write_tensors", interrupt)
+    folder = model.parent / "vectors"
+    assert call("validate", model, model, "--data", samples, "--save-vectors", folder) == 130
+    assert sorted(model.parent.iterdir()) == before
+
+
 def test_vectors_are_never_mixed_with_old_ones(model: Path, samples: Path, tmp_path: Path) -> None:
     arguments = ("validate", model, model, "--data", samples, "--save-vectors", tmp_path / "v")
     assert call(*arguments) == 0
@@ -166,14 +181,13 @@ def test_calibrate_writes_statistics_of_this_model(
 ) -> None:
     path = tmp_path / "m.stats"
     assert call("calibrate", model, "--data", samples, "-o", path) == 0
-    stats, origin = statistics.load(path, model)
+    found = merge.load(path, merge.digest(load(model)))
     x = np.load(samples)["x"]
-    assert origin.samples == 40
-    seen: Any = stats[Key("x", "histogram")]
+    seen: Any = found.stats[Key("x", "histogram")]
     assert seen.low == pytest.approx(float(x.min()), abs=0)
     assert seen.count == x.size
-    with pytest.raises(DataError, match="another model"):
-        statistics.load(path, other)
+    with pytest.raises(OptionError, match="another model"):
+        merge.load(path, merge.digest(load(other)))
 
 
 def test_equal_calibrations_are_equal_files(model: Path, samples: Path, tmp_path: Path) -> None:
@@ -181,13 +195,6 @@ def test_equal_calibrations_are_equal_files(model: Path, samples: Path, tmp_path
     assert call("calibrate", model, "--data", samples, "-o", first) == 0
     assert call("calibrate", model, "--data", samples, "-o", second) == 0
     assert first.read_bytes() == second.read_bytes()
-
-
-def test_damaged_statistics_are_refused(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "m.stats"
-    path.write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(DataError, match=r"m\.stats is not a statistics file"):
-        statistics.load(path, model)
 
 
 BAD_INPUT = {
@@ -258,11 +265,13 @@ def test_output_that_is_not_writable(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(onnxc.OptionError, match="not writable"):
+    with pytest.raises(OptionError, match="not writable"):
         api.check_output(tmp_path / "out.onnx", model)
 
 
-def test_output_is_checked_before_the_long_work(model: Path, samples: Path, monkeypatch: Any) -> None:
+def test_output_is_checked_before_the_long_work(
+    model: Path, samples: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(api, "open_data", lambda *a, **k: pytest.fail("the work has begun"))
     assert call("calibrate", model, "--data", samples, "-o", model) == 2
 
@@ -278,7 +287,10 @@ def test_interruption(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
 
 @pytest.mark.parametrize(
     ("error", "word"),
-    [(OSError(28, "No space left on device", "out.onnx"), "out.onnx: No space"), (MemoryError(), "memory")],
+    [
+        (OSError(28, "No space left on device", "out.onnx"), "out.onnx: No space"),
+        (MemoryError(), "memory"),
+    ],
 )
 def test_what_the_system_refuses(
     error: BaseException, word: str, model: Path, monkeypatch: Any, capsys: Any
@@ -409,7 +421,7 @@ def test_option_help_comes_from_the_docstring() -> None:
     [("400MB", 400_000_000), ("2GB", 2_000_000_000), ("1.5 GiB", 1_610_612_736), ("123", 123)],
 )
 def test_amounts_of_memory(text: str, amount: int) -> None:
-    assert options.Bytes().convert(text, None, None) == amount
+    assert options.amount(text) == amount
 
 
 def test_levels_are_those_of_the_runtime(capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,7 +202,8 @@ def test_training_mode_stays() -> None:
 
 def test_shared_weight_is_copied() -> None:
     proto = bind(
-        f"""g (float[1,4,4,4] x, float[4,4,1,1] W, {PORTS}) => (float[1,4,4,4] y, float[1,4,4,4] t) {{
+        f"""g (float[1,4,4,4] x, float[4,4,1,1] W, {PORTS})
+            => (float[1,4,4,4] y, float[1,4,4,4] t) {{
             z = Conv (x, W)
             y = BatchNormalization (z, s, b, m, v)
             t = Conv (x, W) }}""",

@@ -47,8 +47,10 @@ GOOD = Report(
     comparison=COMPARISON,
     coverage=Coverage(KERNELS, 2, 0),
     changes=(Change("/a", "int8", 400, 100),),
-    skips=tuple(Skip(f"/gelu{i}", "left float: faster so") for i in range(9))
-    + (Skip("/odd", "its weight is computed by the graph"),),
+    skips=(
+        *(Skip(f"/gelu{i}", "left float: faster so") for i in range(9)),
+        Skip("/odd", "its weight is computed by the graph"),
+    ),
     notes=("3 images were skipped",),
     recipe="seed = 0\n",
     memory_peak=380_000_000,
@@ -73,7 +75,10 @@ def test_a_good_result() -> None:
     ("changed", "reason"),
     [
         ({"speedup": Ratio(0.8, 0.75, 0.85)}, "slower than the original"),
-        ({"comparison": replace(COMPARISON, top1=(0.71, 0.69))}, "top-1 drops by more than 1 point"),
+        (
+            {"comparison": replace(COMPARISON, top1=(0.71, 0.69))},
+            "top-1 drops by more than 1 point",
+        ),
         ({"missed": ("top-1 drops by 0.50 points, more than 0.1",)}, "more than 0.1"),
     ],
 )

@@ -17,7 +17,7 @@ from onnxc.targets import Target
 
 
 def bind(text: str, opset: int = 13, **weights: NDArray[Any]) -> onnx.ModelProto:
-    """A graph text `name (inputs) => (outputs) { nodes }` as a model; `weights` become initializers."""
+    """A graph `name (inputs) => (outputs) { nodes }` as a model; `weights` become initializers."""
     header = f'<ir_version: 8, opset_import: ["" : {opset}]>\n'
     proto = onnx.parser.parse_model(header + text)
     kept = [port for port in proto.graph.input if port.name not in weights]
@@ -57,7 +57,7 @@ def reasons(results: list[Change | Skip]) -> str:
 
 
 def step(proto: onnx.ModelProto, pass_: Pass, feed: dict[str, Any]) -> tuple[Model, Step]:
-    """Load, apply with checks, and compare with the original: equal to 1e-4 of the largest value."""
+    """Load, apply with checks, and compare with the original: equal to 1e-4 of the largest."""
     model = load(proto)
     done = apply_pass(model, pass_, context(model), feed)
     before, after = outputs(proto, feed), outputs(model, feed)

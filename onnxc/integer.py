@@ -1,0 +1,92 @@
+"""Which nodes of a graph can compute in integers on a target, on which grids, and why others cannot.
+
+What the quantizing passes share: they must agree on nodes, axes and grids to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxc.core import Context, Skip
+from onnxc.graph import values
+from onnxc.numerics.affine import Grid
+from onnxc.ops import groups, is_constant, knowledge, weight_of
+from onnxc.targets import Target
+
+
+def weight_grid(target: Target, bits: int = 8) -> Grid:
+    """Integers of a weight: symmetric without the lowest, 7 bits where kernels saturate."""
+    return Grid(bits, signed=True, narrow=True, reduced=target.reduce_range and bits == 8)
+
+
+def activation_grid(target: Target, bits: int = 8) -> Grid:
+    """Integers of an activation."""
+    return Grid(bits, signed=target.activations == "int8")
+
+
+def weight_axis(node: gs.Node, target: Target) -> int | None:
+    """Axis of the weight along which each channel has its own scale; None for one scale.
+
+    A grouped ConvTranspose keeps its output channels on two axes, so it gets one scale.
+    """
+    row = knowledge(node)
+    if not target.per_channel or row.out_axis is None:
+        return None
+    return None if row.out_axis(node) != 0 and groups(node) > 1 else row.out_axis(node)
+
+
+def weighted_nodes(graph: gs.Graph, context: Context) -> Iterator[gs.Node]:
+    """Nodes with constant weights that this target computes in integers, in graph order."""
+    allowed = context.only.names(graph)
+    return (n for n in graph.nodes if n.name in allowed and not refusal(n, context.target))
+
+
+def refused_nodes(graph: gs.Graph, context: Context) -> Iterator[Skip]:
+    """Heavy nodes that stay float, with the reason."""
+    allowed = context.only.names(graph)
+    for node in graph.nodes:
+        if knowledge(node).role not in ("weighted", "recurrent"):
+            continue
+        reason = refusal(node, context.target) if node.name in allowed else "excluded"
+        if reason:
+            yield Skip(node.name, reason)
+
+
+def refusal(node: gs.Node, target: Target) -> str:
+    """Why a node cannot compute in integers between Q/DQ pairs on a target; empty if it can."""
+    row = knowledge(node)
+    if row.role != "weighted" or node.op not in target.static:
+        return f"{node.op} has no integer kernel between Q/DQ on target {target.name}"
+    weight = weight_of(node)
+    if weight is None:
+        return "its weight is not a constant"
+    if weight.dtype != np.float32:
+        return f"its weight is {weight.dtype.name}"
+    if node.inputs[0].dtype not in (None, np.float32):
+        return "its input is not float32"
+    if is_constant(node.inputs[0]):
+        return "its input is a constant"
+    if len(weight.shape) != 2 and row.float_output:
+        return f"its weight has {len(weight.shape)} axes; kernels take 2"
+    return _attribute_refusal(node)
+
+
+def _attribute_refusal(node: gs.Node) -> str:
+    if node.attrs.get("alpha", 1.0) != 1.0 or node.attrs.get("beta", 1.0) != 1.0:
+        return "alpha or beta is not 1"
+    if node.attrs.get("transA", 0):
+        return "its input is transposed"
+    position = knowledge(node).bias
+    if position is None or position >= len(node.inputs) or not node.inputs[position].name:
+        return ""
+    bias = node.inputs[position]
+    if not isinstance(bias, gs.Constant):
+        return "its bias is computed"
+    weight = weight_of(node)
+    out_axis = knowledge(node).out_axis
+    assert weight is not None and out_axis is not None
+    channels = weight.shape[out_axis(node)] * (groups(node) if out_axis(node) else 1)
+    return "" if values(bias).size == channels else "its bias has another size than the channels"
