@@ -7,6 +7,7 @@ set of live activations of one sample, a run of b samples takes about
 
 Where that exceeds `max_memory` for b = 1, the taps are split into segments: groups, each with its
 own session on the part of the model that its taps need, and the data is read once a segment.
+Where the bound cannot be met, segments no smaller than l are used, since less would gain little.
 Observers stream, so nothing grows with the number of samples; the plan depends on shapes alone, not
 on what the machine has free, so the same call makes the same plan everywhere.
 """
@@ -156,7 +157,9 @@ def plan_runs(
         CHUNK // max(tapped, 1), room // max(tapped + live, 1), LARGEST_BATCH, len(dataset)
     )
     size = group or batch or max(fitting, 1)
-    segments = _split(taps, bytes_of, room // size - live)
+    largest = max(bytes_of[n] for n in taps)
+    spare = room // size - live
+    segments = _split(taps, bytes_of, spare if spare >= largest else max(live, largest))
     widest = max(sum(bytes_of[n] for n in segment) for segment in segments)
     estimate = fixed + size * (widest + live)
     notes = _memory_notes(estimate, max_memory, len(segments))

@@ -204,7 +204,7 @@ class MeanObserver:
 
 @dataclass
 class PeakObserver:
-    """Mean over the samples of each channel's largest magnitude: a range that one outlier cannot set.
+    """Mean over samples of each channel's largest magnitude: a range that one outlier cannot set.
 
     total: float64 (channels,), the sum of the samples' peaks; count: samples.
     """

@@ -8,7 +8,7 @@ script, on one thread and under a fixed seed.
 
 The images are the 1,797 handwritten 8x8 digits of scikit-learn's `load_digits`: the test set of
 the UCI ML hand-written digits ("Optical Recognition of Handwritten Digits", E. Alpaydin and
-C. Kaynak, 1998, CC BY 4.0), shipped with scikit-learn (BSD 3-Clause).
+C. Kaynak, 1998), shipped with scikit-learn under its BSD 3-Clause licence.
 """
 
 import argparse

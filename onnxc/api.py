@@ -12,10 +12,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,35 +29,28 @@ from onnxc.check import compare, coverage
 from onnxc.core import Key
 from onnxc.cost import FLOATS, external_files, file_bytes, inspect, type_name
 from onnxc.errors import DataError, ModelError, OptionError
-from onnxc.graph import Model, load, save
+from onnxc.graph import Model, load, save, to_bytes
+from onnxc.pipeline import Calibration
+from onnxc import recipe as recipes
+from onnxc.quantization import THREADS, QuantizeSettings, check_input, quantize_model, split
+from onnxc.recipe import Calibration as RecipeCalibration
 from onnxc.recipe import Recipe
 from onnxc.report import Benchmark, Calibrated, Measure, Report, Validation
 from onnxc.runtime import Runtime, dtype_of, run, session
+from onnxc.selectors import Selector
 from onnxc.shapes import infer
+from onnxc.targets import choose as choose_target
 
 __all__ = ["benchmark", "calibrate", "inspect", "load", "quantize", "save", "validate"]
 
 ModelPath = str | Path
 Progress = Callable[[str], None]
 
+NO_DATA = "made without data: ranges come from synthesized input and fit no real one; give --data"
+DEFAULT_MEMORY = 400_000_000  # bytes of the process during calibration
+
 VECTORS = 10  # test_data_set folders written by save_vectors
 FEEDS = 8  # samples that a benchmark takes in turn
-
-
-@dataclass(frozen=True)
-class QuantizeSettings:
-    """How to quantize; the options of `onnxc quantize` besides data, target and nodes.
-
-    format: how the integers are written; auto chooses for each layer by what it measures.
-    scheme: affine (scale and zero point), or fixed point (scales that are powers of two).
-    bits: of the weights; 4 is for weight-only, 16 for fixed point.
-    ranges: how activation ranges are chosen from the statistics.
-    """
-
-    format: Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"] = "auto"
-    scheme: Literal["affine", "fixed"] = "affine"
-    bits: Literal[4, 8, 16] = 8
-    ranges: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
 
 
 def quantize(
@@ -81,8 +74,73 @@ def quantize(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Make a model smaller and faster in few-bit integers, and prove it."""
-    raise NotImplementedError("quantize is not written yet")
+    """Make a model smaller and faster in few-bit integers, and prove it.
+
+    data: what `calib.data.open_data` takes; without it the input is synthesized and the headline
+    says so. val: samples that the result is judged by; by default a part of `data` that calibration
+    never sees. output: the file to write, by default MODEL with the suffix .int8.onnx. recipe: passes
+    and settings that take the place of `settings`, `target` and `data`. max_drop: points of top-1
+    (without labels: of disagreement) that may be lost; with `strict` a result that loses more is not
+    written. dry_run: do all but write.
+
+    Raises ModelError, DataError or OptionError; nothing is written then.
+    """
+    start, path = time.perf_counter(), _existing(model)
+    say = progress or (lambda text: None)
+    place = check_output(output or default_output(path), path)
+    given = recipe or Recipe(seed=seed, target=target, only=Selector.parse(include, exclude))
+    source = data if data is not None else given.calibration.data
+    preprocess = preprocess or given.calibration.preprocess
+    samples = samples if samples is not None else given.calibration.samples
+    row = choose_target(given.target)
+    say("loading")
+    opened = load(path)
+    check_input(opened, str(path))
+    only = given.only.resolve(opened.graph)
+    dataset = _dataset(path, source, preprocess, samples, given.seed)
+    kept, held = split(dataset)
+    judge = held if val is None else open_data(val, input_specs(path), preprocess, None, given.seed)
+    bound = max_memory if max_memory is not None else given.calibration.max_memory
+    calibration = Calibration(kept, bound or DEFAULT_MEMORY, threads=THREADS)
+    found = quantize_model(
+        opened, calibration, judge, row, settings, only, given.passes, runtime, given.seed, say
+    )
+    missed = missed_bounds(found.comparison, max_drop)
+    is_written = not dry_run and not (strict and missed)
+    if is_written:
+        say("writing")
+        save(found.model, place)
+    size = file_bytes(place) if is_written else len(to_bytes(found.model))
+    replay = replace(
+        given, passes=found.passes, calibration=RecipeCalibration(_text(source), samples, bound, preprocess)
+    )
+    return Report(
+        model=str(path),
+        output=str(place) if is_written else None,
+        before=Measure(file_bytes(path), found.before),
+        after=Measure(size, found.after),
+        target=row.name,
+        headline="" if source is not None else NO_DATA,
+        speedup=found.ratio,
+        comparison=found.comparison,
+        coverage=found.coverage,
+        changes=found.changes,
+        skips=found.skips,
+        missed=missed,
+        notes=(*opened.notes, *dataset.notes, _judged(val, kept, judge), *found.notes),
+        recipe=recipes.dump(replay),
+        memory_peak=peak_memory(),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _judged(val: Any, kept: Dataset, judge: Dataset) -> str:
+    where = "validation samples" if val is not None else "samples held out of the calibration data"
+    return f"calibrated on {len(kept)} samples, judged on {len(judge)} {where}"
+
+
+def _text(source: Any) -> str | None:
+    return str(source) if isinstance(source, str | Path) else None
 
 
 def validate(
@@ -207,6 +265,11 @@ def _float_tensors(model: Model) -> list[str]:
     produced = (t for node in model.graph.nodes for t in node.outputs if t.name)
     tensors = (t for t in (*model.graph.inputs, *produced))
     return [t.name for t in tensors if type_name(t.dtype) in FLOATS]
+
+
+def default_output(model: Path) -> Path:
+    """MODEL with the suffix .int8.onnx, beside it."""
+    return model.with_name(f"{model.stem}.int8.onnx")
 
 
 def check_output(output: str | Path, *inputs: ModelPath) -> Path:

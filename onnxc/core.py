@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from onnxc.targets import Target
 class Key:
     """One statistic of one tensor.
 
-    `what` is a row of `calib.observers.OBSERVERS`; `axis` is the channel axis of a per-channel
+    `what` is a row of `calib.observers.OBSERVERS`, or "drift" (see `Perturbs`); `axis` is the channel axis of a per-channel
     statistic, or None for one over the whole tensor.
     """
 
@@ -78,6 +78,13 @@ class Pass(Protocol):
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]: ...
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]: ...
+
+
+@runtime_checkable
+class Perturbs(Protocol):
+    """A pass that wants "drift": how far the outputs of nodes move when `perturb` edits a copy."""
+
+    def perturb(self, graph: gs.Graph, context: Context) -> None: ...
 
 
 PASSES: dict[str, type[Pass]] = {}

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxc.core import Context, Skip
-from onnxc.graph import values
-from onnxc.numerics.affine import Grid
+from onnxc.graph import constant, fresh, values
+from onnxc.numerics.affine import Grid, dequantize, quantize, weight_scales
 from onnxc.ops import groups, is_constant, knowledge, weight_of
 from onnxc.targets import Target
 
@@ -38,19 +38,54 @@ def weight_axis(node: gs.Node, target: Target) -> int | None:
     return None if row.out_axis(node) != 0 and groups(node) > 1 else row.out_axis(node)
 
 
-def weighted_nodes(graph: gs.Graph, context: Context) -> Iterator[gs.Node]:
-    """Nodes with constant weights that this target computes in integers, in graph order."""
+def weighted_nodes(
+    graph: gs.Graph, context: Context, ops: tuple[str, ...] = ()
+) -> Iterator[gs.Node]:
+    """Nodes with constant weights that this target computes in integers, in graph order.
+
+    ops: only nodes of these operators; empty for all.
+    """
     allowed = context.only.names(graph)
-    return (n for n in graph.nodes if n.name in allowed and not refusal(n, context.target))
+    nodes = (n for n in graph.nodes if n.name in allowed and (not ops or n.op in ops))
+    return (n for n in nodes if not refusal(n, context.target))
 
 
-def refused_nodes(graph: gs.Graph, context: Context) -> Iterator[Skip]:
+def round_weights(
+    graph: gs.Graph,
+    context: Context,
+    ops: tuple[str, ...] = (),
+    bits: int = 8,
+    pow2: bool = False,
+) -> None:
+    """Move the weights of those nodes to the grids that integer kernels will hold them on, in float.
+
+        w <- s · round(w / s),   s = max|w| / q_max   for each output channel
+    """
+    grid = weight_grid(context.target, bits)
+    rounded: dict[tuple[int, int | None], gs.Constant] = {}
+    for node in weighted_nodes(graph, context, ops):
+        weight, axis = weight_of(node), weight_axis(node, context.target)
+        assert weight is not None
+        if (id(weight), axis) not in rounded:
+            array = values(weight)
+            scale = weight_scales(array, axis, grid, pow2=pow2)
+            on_grid = dequantize(quantize(array, scale, 0, grid, axis), scale, 0, axis)
+            name = fresh(graph, f"{weight.name}_rounded")
+            rounded[id(weight), axis] = constant(name, on_grid.astype(array.dtype))
+        node.inputs[knowledge(node).weight] = rounded[id(weight), axis]
+
+
+def refused_nodes(
+    graph: gs.Graph, context: Context, ops: tuple[str, ...] = ()
+) -> Iterator[Skip]:
     """Heavy nodes that stay float, with the reason."""
     allowed = context.only.names(graph)
     for node in graph.nodes:
         if knowledge(node).role not in ("weighted", "recurrent"):
             continue
-        reason = refusal(node, context.target) if node.name in allowed else "excluded"
+        reason = "excluded" if node.name not in allowed else refusal(node, context.target)
+        if not reason and ops and node.op not in ops:
+            reason = f"{node.op} is not asked for"
         if reason:
             yield Skip(node.name, reason)
 

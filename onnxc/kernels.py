@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 import onnx
@@ -71,12 +72,12 @@ class _Scope:
 
     graph: onnx.GraphProto
     where: str = ""
-    constants: dict[str, int] = field(default_factory=dict)  # name -> element type
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     maker: dict[str, onnx.NodeProto] = field(default_factory=dict)
     readers: dict[str, list[onnx.NodeProto]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.constants |= {t.name: t.data_type for t in self.graph.initializer}
+        self.constants |= {t.name: t for t in self.graph.initializer}
         for node in self.graph.node:
             self.maker |= dict.fromkeys(node.output, node)
             for name in node.input:
@@ -116,7 +117,9 @@ def _names(source: bytes | Path) -> dict[str, str]:
     return {out: node.name for node in graph.node for out in node.output if node.name} | named
 
 
-def _scopes(graph: onnx.GraphProto, where: str, constants: dict[str, int]) -> Iterator[_Scope]:
+def _scopes(
+    graph: onnx.GraphProto, where: str, constants: dict[str, onnx.TensorProto]
+) -> Iterator[_Scope]:
     scope = _Scope(graph, where, dict(constants))
     yield scope
     for node in graph.node:
@@ -153,20 +156,42 @@ def _reason(node: onnx.NodeProto, scope: _Scope) -> str:
     bare += [] if "QuantizeLinear" in scope.read_by(node.output[0]) else ["output"]
     if bare:
         return f"no Q/DQ at its {' and '.join(bare)}"
-    types = " and ".join(_stored_type(name, scope) for name in node.input[:2])
-    return f"has Q/DQ on all sides, but ONNX Runtime has no integer {kind} for {types}"
+    return _misfit(node, scope)
+
+
+def _misfit(node: onnx.NodeProto, scope: _Scope) -> str:
+    """Why Q/DQ on all sides were not enough."""
+    readers = scope.readers[node.output[0]]
+    floats = [reader for reader in readers if reader.op_type != "QuantizeLinear"]
+    if floats:
+        return f"its output is also read in float, by {floats[0].op_type} {floats[0].name}"
+    source, weight, result = (*(scope.maker[name] for name in node.input[:2]), readers[0])
+    for side, border in (("input", source), ("output", result)):
+        if _is_per_axis(border, scope):
+            return f"its {side} has a scale for each channel, and kernels take one in all"
+    kinds = [_stored_type(border, scope) for border in (source, weight, result)]
+    if kinds[0] != kinds[2]:
+        return f"its input is {kinds[0]}, but its output {kinds[2]}"
+    return (
+        f"has Q/DQ on all sides, but ONNX Runtime has no integer {node.op_type} "
+        f"for {kinds[0]} and {kinds[1]}"
+    )
+
+
+def _is_per_axis(border: onnx.NodeProto, scope: _Scope) -> bool:
+    scale = scope.constants.get(border.input[1])
+    return scale is not None and prod(scale.dims) > 1
 
 
 def _is_stored(name: str, scope: _Scope) -> bool:
     return scope.makes(name) == "DequantizeLinear" and scope.maker[name].input[0] in scope.constants
 
 
-def _stored_type(name: str, scope: _Scope) -> str:
-    """Element type under a DequantizeLinear, from its constant or zero point (uint8 without)."""
-    sources = (n for n in reversed(scope.maker[name].input) if n in scope.constants)
-    codes = (scope.constants[n] for n in sources)
-    code = next((c for c in codes if c != onnx.TensorProto.FLOAT), onnx.TensorProto.UINT8)
-    return str(onnx.TensorProto.DataType.Name(code)).lower()
+def _stored_type(border: onnx.NodeProto, scope: _Scope) -> str:
+    """Element type at a Q or DQ, of its zero point or its constant; uint8 if neither is known."""
+    names = border.input[2:3] or border.input[:1]
+    found = [scope.constants[name].data_type for name in names if name in scope.constants]
+    return onnx.TensorProto.DataType.Name(found[0]).lower() if found else "uint8"
 
 
 def _borders(scope: _Scope) -> tuple[int, int]:

@@ -8,13 +8,17 @@ run once: what a step computed is the reference of the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import onnx
 
+from calib.collect import collect
+from calib.data import Dataset
+from calib.twin import drift
 from onnxc.check import Feed, Snapshot, problems, snapshot
-from onnxc.core import Change, Context, Pass, Skip
+from onnxc.core import Change, Context, Key, Pass, Perturbs, Skip
 from onnxc.errors import OnnxcError
 from onnxc.graph import Model, become, copy, opset
 from onnxc.runtime import first_line
@@ -98,6 +102,100 @@ def prepare(
         step = apply_pass(model, pass_, context, feed, last)
         last = step.after or last
         is_new = bool(step.changes or step.problems)
+        steps.append(step)
+    return steps
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The data that passes may have statistics of, and what gathering them may take.
+
+    max_memory: bytes of the process, or None. sketch: samples for the statistics that settle early
+    (peaks, drift); ranges see all. notes: gets sentences for the report.
+    """
+
+    dataset: Dataset
+    max_memory: int | None = None
+    threads: int = 1
+    sketch: int = 32
+    notes: list[str] = field(default_factory=list)
+
+    def few(self) -> Dataset:
+        """At most `sketch` samples, evenly spread."""
+        count = len(self.dataset)
+        if count <= self.sketch:
+            return self.dataset
+        return self.dataset.subset([i * count // self.sketch for i in range(self.sketch)])
+
+
+SETTLE_EARLY = frozenset({"peak", "mean"})
+
+
+def gather(
+    model: Model, pass_: Pass, context: Context, calibration: Calibration
+) -> dict[Key, Any]:
+    """The statistics that a pass wants of a model as it stands."""
+    wanted = sorted(set(pass_.wants(model.graph, context)))
+    stats: dict[Key, Any] = {}
+    drifting = [key for key in wanted if key.what == "drift"]
+    early = [key for key in wanted if key.what in SETTLE_EARLY]
+    full = [key for key in wanted if key not in {*drifting, *early}]
+    for keys, dataset in ((early, calibration.few()), (full, calibration.dataset)):
+        if keys:
+            stats.update(_collect(model, keys, dataset, calibration))
+    if drifting and isinstance(pass_, Perturbs):
+        current = copy(model)
+        pass_.perturb(current.graph, context)
+        stats.update(_drift(model, current, drifting, calibration))
+    return stats
+
+
+def _collect(
+    model: Model, keys: Sequence[Key], dataset: Dataset, calibration: Calibration
+) -> dict[Key, Any]:
+    bound, threads = calibration.max_memory, calibration.threads
+    found = collect(model, keys, dataset, max_memory=bound, threads=threads)
+    calibration.notes.extend(note for note in found.notes if note not in calibration.notes)
+    return dict(found.stats)
+
+
+def _drift(
+    original: Model, current: Model, keys: Sequence[Key], calibration: Calibration
+) -> dict[Key, Any]:
+    axes = {key.tensor: 1 if key.axis is None else key.axis for key in keys}
+    found = drift(
+        original,
+        current,
+        list(axes),
+        calibration.few(),
+        axes,
+        samples=calibration.sketch,
+        max_memory=calibration.max_memory,
+        threads=calibration.threads,
+        notes=calibration.notes,
+    )
+    return {key: found[key.tensor] for key in keys}
+
+
+def compress(
+    model: Model,
+    passes: Iterable[Pass],
+    context: Context,
+    calibration: Calibration,
+    feed: Feed | None = None,
+    progress: Progress | None = None,
+) -> list[Step]:
+    """Run passes on a model in place, each with the statistics of the model that it gets."""
+    steps: list[Step] = []
+    last: Snapshot | None = None
+    for pass_ in passes:
+        if progress is not None:
+            progress(pass_.name)
+        infer(model, feed)
+        stats = gather(model, pass_, context, calibration)
+        now = replace(context, opset=opset(model.graph), stats=stats)
+        step = apply_pass(model, pass_, now, feed, last)
+        last = step.after or last
         steps.append(step)
     return steps
 

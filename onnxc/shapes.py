@@ -9,7 +9,7 @@ on values. Declared inputs and outputs are never touched; symbolic dimensions ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -75,18 +75,18 @@ def _scopes(graph: gs.Graph, scope: str = "") -> Iterable[tuple[str, gs.Graph]]:
 
 def _inferred(proto: onnx.ModelProto) -> dict[str, dict[str, onnx.ValueInfoProto]]:
     """Types by scope and name: inferred from scratch, then with the file's own for the rest."""
-    declared = _values(proto)
+    declared, symbols = _values(proto), _symbols(proto)
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)
     for _, graph in graphs(bare.graph):
         del graph.value_info[:]
-    found = _values(_run_inference(bare))
+    found = _values(_run_inference(bare), symbols)
     if all(declared[scope].keys() <= found.get(scope, {}).keys() for scope in declared):
         return found
     for scope, graph in graphs(bare.graph):
         known = found.get(scope, {})
         graph.value_info.extend(v for name, v in declared[scope].items() if name not in known)
-    return _values(_run_inference(bare))
+    return _values(_run_inference(bare), symbols)
 
 
 def _run_inference(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -96,11 +96,29 @@ def _run_inference(proto: onnx.ModelProto) -> onnx.ModelProto:
         return proto
 
 
-def _values(proto: onnx.ModelProto) -> dict[str, dict[str, onnx.ValueInfoProto]]:
+def _values(
+    proto: onnx.ModelProto, symbols: set[str] | None = None
+) -> dict[str, dict[str, onnx.ValueInfoProto]]:
+    """Types by scope and name; of symbolic dimensions only those in `symbols`, if given."""
+    for _, graph in graphs(proto.graph):
+        for dim in _dims(graph.value_info):
+            if symbols is not None and dim.dim_param not in symbols:
+                dim.ClearField("dim_param")
     return {
         scope: {v.name: v for v in graph.value_info if v.type.WhichOneof("value")}
         for scope, graph in graphs(proto.graph)
     }
+
+
+def _symbols(proto: onnx.ModelProto) -> set[str]:
+    """Names of dimensions that the model has; inference makes up more, which mean nothing."""
+    listed = ((*g.input, *g.output, *g.value_info) for _, g in graphs(proto.graph))
+    return {dim.dim_param for values in listed for dim in _dims(values)}
+
+
+def _dims(values: Iterable[onnx.ValueInfoProto]) -> Iterator[Any]:
+    for value in values:
+        yield from value.type.tensor_type.shape.dim
 
 
 def _apply(graph: gs.Graph, found: Mapping[str, onnx.ValueInfoProto]) -> None:

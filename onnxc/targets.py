@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import archspec.cpu
+import archspec.cpu.detect
 
 from onnxc.errors import OptionError
 
@@ -62,17 +63,16 @@ TARGETS: dict[str, Target] = {
     )
 }
 
-_VNNI = ("avx512_vnni", "avx_vnni")
+_VNNI = {"avx512_vnni", "avx_vnni"}
 
 
 def detect() -> str:
     """The name of the target that fits the processor of this machine."""
-    host = archspec.cpu.host()
-    if host.family.name == "aarch64":
-        return "arm64"
-    if host.family.name != "x86_64":
-        return "portable"
-    return "x86-vnni" if any(feature in host.features for feature in _VNNI) else "x86"
+    family = archspec.cpu.host().family.name
+    if family != "x86_64":
+        return "arm64" if family == "aarch64" else "portable"
+    flags = archspec.cpu.detect.detected_info().features  # those of a processor yet unnamed too
+    return "x86-vnni" if flags.intersection(_VNNI) else "x86"
 
 
 def choose(name: str) -> Target:

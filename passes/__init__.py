@@ -6,7 +6,8 @@ from passes.equalize import Equalize
 from passes.fold_constants import FoldConstants
 from passes.fold_norm import FoldNorm
 from passes.quantize import Quantize
-from passes.round_weights import RoundWeights
+from passes.quantize_dynamic import QuantizeDynamic
+from passes.quantize_weights import QuantizeWeights
 from passes.upgrade_opset import UpgradeOpset
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FoldConstants",
     "FoldNorm",
     "Quantize",
-    "RoundWeights",
+    "QuantizeDynamic",
+    "QuantizeWeights",
     "UpgradeOpset",
 ]

@@ -2,8 +2,8 @@
 
     b <- b + E[y − ŷ]       for each output channel
 
-y being the output in the original graph and ŷ the one in this graph, measured layer after layer with
-all the layers before already corrected (`calib.twin`): correcting all at once overshoots. Nagel 2019,
+y being the output in the graph as it is and ŷ the one with weights rounded (`perturb`), measured layer
+after layer with all the layers before already corrected (`calib.twin`): correcting all at once overshoots. Nagel 2019,
 "Data-free quantization through weight equalization and bias correction", with data in place of the
 batch-norm statistics.
 """
@@ -19,24 +19,35 @@ import onnx_graphsurgeon as gs
 
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.graph import constant, fresh, nbytes, values
-from onnxc.integer import weighted_nodes
+from onnxc.integer import round_weights, weighted_nodes
 from onnxc.ops import knowledge
 
 
 @register
 @dataclass(frozen=True)
 class CorrectBias:
-    """Give the outputs of heavy nodes back the means that they had in the original model."""
+    """Let the outputs of heavy nodes keep their means when the weights are rounded.
+
+    bits, power_of_two, ops: of the rounding to come.
+    """
 
     name: ClassVar[str] = "correct-bias"
     lossless: ClassVar[bool] = False
 
+    bits: int = 8
+    power_of_two: bool = False
+    ops: tuple[str, ...] = ()
+
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        return [_key(node) for node in weighted_nodes(graph, context) if _has_place(node)]
+        return [_key(node) for node in weighted_nodes(graph, context, self.ops) if _has_place(node)]
+
+    def perturb(self, graph: gs.Graph, context: Context) -> None:
+        """What the drift is to be measured of: round the weights of a copy of the graph."""
+        round_weights(graph, context, self.ops, self.bits, self.power_of_two)
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         results: list[Change | Skip] = []
-        for node in weighted_nodes(graph, context):
+        for node in weighted_nodes(graph, context, self.ops):
             if not _has_place(node):
                 results.append(Skip(node.name, "bias not corrected: the node has none"))
             elif _key(node) not in context.stats:

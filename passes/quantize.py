@@ -57,7 +57,7 @@ class Quantize:
 
     ranges: how the range of an activation is chosen. bits: of weights; activation_bits: of
     activations. spread: whether cheap operators between heavy ones compute in integers too.
-    power_of_two: scales are powers of two.
+    power_of_two: scales are powers of two. ops: only heavy nodes of these operators; empty for all.
     """
 
     name: ClassVar[str] = "quantize"
@@ -68,6 +68,7 @@ class Quantize:
     activation_bits: Literal[8, 16] = 8
     spread: bool = True
     power_of_two: bool = False
+    ops: tuple[str, ...] = ()
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         placement = self._placement(graph, context)
@@ -75,48 +76,61 @@ class Quantize:
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         placement = self._placement(graph, context)
-        skips: list[Change | Skip] = list(refused_nodes(graph, context))
+        skips: list[Change | Skip] = list(refused_nodes(graph, context, self.ops))
         if not placement.integer:
             return skips
         writer = _Writer(graph, context, self, placement)
         return [*writer.write(), *skips]
 
     def _placement(self, graph: gs.Graph, context: Context) -> Placement:
-        return place(graph, context, self.spread)
+        return place(graph, context, self.spread, self.ops)
 
 
 def _key(tensor: str) -> Key:
     return Key(tensor, "histogram")
 
 
-def place(graph: gs.Graph, context: Context, spread: bool) -> Placement:
+def place(
+    graph: gs.Graph, context: Context, spread: bool = True, ops: tuple[str, ...] = ()
+) -> Placement:
     """The integer nodes and the tensors that carry Q/DQ pairs, in graph order."""
     placement = Placement()
-    heavy = {id(node) for node in weighted_nodes(graph, context)}
-    allowed = context.only.names(graph)
+    heavy = {id(node) for node in weighted_nodes(graph, context, ops)}
+    allowed = context.only.names(graph) if spread else frozenset[str]()
     pinned = {t.name for t in graph.outputs} | captured(graph)
-    wanted = {n.inputs[0].name for n in graph.nodes if id(n) in heavy}
+    wanted = _leading(graph, heavy)
     for node in graph.nodes:
         if id(node) in heavy:
             placement.add(node.inputs[0])
-        elif not (spread and node.name in allowed and _can_join(node, placement, wanted, pinned)):
+        elif not (node.name in allowed and _can_join(node, placement, wanted)):
             continue
         placement.integer.append(node)
         _place_output(node, placement, wanted, pinned)
     return placement
 
 
-def _can_join(node: gs.Node, placement: Placement, wanted: set[str], pinned: set[str]) -> bool:
+def _leading(graph: gs.Graph, heavy: set[int]) -> set[str]:
+    """Names of the tensors that a heavy node reads, directly or through operators that may join."""
+    leading: set[str] = set()
+    for node in reversed(graph.nodes):
+        if id(node) in heavy:
+            leading.add(node.inputs[0].name)
+        elif _may_carry(node) and any(t.name in leading for t in node.outputs):
+            leading.update(t.name for t in data_inputs(node))
+    return leading
+
+
+def _may_carry(node: gs.Node) -> bool:
     row = knowledge(node)
-    if row.role not in ("sum", "same") or not node.outputs or (row.fits and not row.fits(node)):
+    return row.role in ("sum", "same", "activation") and (row.fits is None or row.fits(node))
+
+
+def _can_join(node: gs.Node, placement: Placement, wanted: set[str]) -> bool:
+    """All that it reads is quantized, and integers that it makes are read by a heavy node."""
+    if knowledge(node).role == "activation" or not _may_carry(node):
         return False
-    inputs = data_inputs(node)
-    is_held = all(t.name in placement.tensors for t in inputs)
-    return is_held and any(_is_read(t, pinned) for t in node.outputs)
-
-
-def _is_read(tensor: gs.Tensor, pinned: set[str]) -> bool:
-    return bool(tensor.outputs) or tensor.name in pinned
+    is_held = all(t.name in placement.tensors for t in data_inputs(node))
+    return is_held and any(t.name in wanted for t in node.outputs)
 
 
 def _place_output(

@@ -70,6 +70,9 @@ class UpgradeOpset:
         except CONVERTER_ERRORS as error:
             reason = f"the model stays at opset {context.opset}: {first_line(error)}"
             return [Skip(first, reason)]
+        ports = zip(_ports(upgraded), _ports(graph), strict=True)
+        for new, known in ports:
+            new.dtype, new.shape = known.dtype, known.shape
         become(graph, upgraded)
         return [Change(first, f"opset raised from {context.opset} to {self.version}")]
 
@@ -88,8 +91,15 @@ def _converted(graph: gs.Graph, old: int, new: int) -> ModelProto:
     for field, values in typed.items():
         done.graph.ClearField(field)
         getattr(done.graph, field).extend(values)
+    for port in (*done.graph.input, *done.graph.output):
+        if not port.HasField("type"):  # a sequence or map, which is kept beside the graph
+            port.CopyFrom(helper.make_tensor_value_info(port.name, TensorProto.FLOAT, []))
     weights.fill(done.graph, large)
     return done
+
+
+def _ports(graph: gs.Graph) -> list[gs.Tensor]:
+    return [*graph.inputs, *graph.outputs]
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -210,3 +211,36 @@ def test_coverage_of_bodies_and_orphans() -> None:
     assert (found.integer, found.total) == (0, 1)
     assert "inside the then_branch of If" in found.kernels[0].reason
     assert (found.boundaries, found.orphans) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("zero", "tail", "reason"),
+    [
+        (np.array(0, np.int8), "e = DequantizeLinear (cq, s, p) y = Add (d, e)", "output int8"),
+        (np.array(128, np.uint8), "r = Erf (c) y = Add (d, r)", "also read in float, by Erf"),
+    ],
+)
+def test_reasons_behind_complete_pairs(zero: np.ndarray, tail: str, reason: str) -> None:
+    kind = zero.dtype.name
+    text = f"""g (float[1,4,8,8] x, uint8[4,4,3,3] w, float s, uint8 z, {kind} p)
+        => (float[1,4,6,6] y) {{
+        xq = QuantizeLinear (x, s, z)
+        xd = DequantizeLinear (xq, s, z)
+        wd = DequantizeLinear (w, s, z)
+        c = Conv (xd, wd)
+        cq = QuantizeLinear (c, s, p)
+        d = DequantizeLinear (cq, s, p)
+        {tail} }}"""
+    scale, middle = np.array(0.05, np.float32), np.array(128, np.uint8)
+    model = bind(text, w=np.full((4, 4, 3, 3), 130, np.uint8), s=scale, z=middle, p=zero)
+    found = coverage(model.SerializeToString())
+    assert (found.integer, found.total) == (0, 1)
+    assert reason in found.kernels[0].reason
+
+
+def test_coverage_of_a_file_of_another_tool(shared: Path) -> None:
+    found = coverage(shared / "peers" / "mobilenetv2" / "nncf.onnx")
+    assert (found.integer, found.total) == (13, 53)
+    reasons = [kernel.reason for kernel in found.left_float]
+    assert sum("scale for each channel" in reason for reason in reasons) == 34
+    assert found.orphans > 100

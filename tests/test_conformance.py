@@ -17,8 +17,9 @@ from texts import bind, context, normal, positive
 import passes
 from calib.collect import collect
 from calib.data import InputSpec, open_data
+from calib.twin import drift
 from onnxc.check import problems, snapshot
-from onnxc.core import PASSES, Change, Context, Skip
+from onnxc.core import PASSES, Change, Context, Key, Skip
 from onnxc.errors import ModelError
 from onnxc.graph import Model, load, to_bytes, walk
 from onnxc.pipeline import PREPARATION, apply_pass
@@ -162,7 +163,12 @@ def prepared(name: str, model: Model, feed: dict[str, Any], **only: tuple[str, .
     if not keys:
         return bare
     ports = tuple(InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape)) for t in model.graph.inputs)
-    stats = collect(model, keys, open_data(feed, ports), threads=1).stats
+    data = open_data(feed, ports)
+    observed = [key for key in keys if key.what != "drift"]
+    stats: dict[Key, Any] = dict(collect(model, observed, data, threads=1).stats)
+    for key in set(keys) - set(observed):  # the reference is the model itself: nothing drifted
+        found = drift(model, model, [key.tensor], data, key.axis or 0)
+        stats |= {key: found[key.tensor]} if key.tensor in found else {}
     return replace(bare, stats=stats)
 
 

@@ -170,7 +170,7 @@ def test_real_models_come_out_as_they_went_in(name: str, shared: Path) -> None:
     assert to_bytes(load(to_bytes(model))) == to_bytes(model)
     if name in NEVER_RAN:
         return
-    runtime = Runtime(level="basic")
+    runtime = Runtime(level="none")  # fusions differ where weights were inputs
     reference = session(path, runtime)
     feed = a_feed(reference, ZOO[name])
     expected = run(reference, feed)

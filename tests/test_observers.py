@@ -24,7 +24,9 @@ from calib.observers import (
 from onnxc.errors import OptionError
 
 Array = NDArray[Any]
-FLOATS = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.0, 2.0**-140, -(2.0**-140), 6.0, 1024.0])
+FLOATS = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from(
+    [0.0, -0.0, 2.0**-140, -(2.0**-140), 6.0, 1024.0]
+)
 ROWS = hnp.arrays(np.float32, st.tuples(st.integers(0, 6), st.just(7)), elements=FLOATS)
 EXACT = [("range", None), ("range", 1), ("histogram", None)]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from texts import bind, context, normal, ops, reasons, step
+from texts import bind, changed, context, normal, ops, reasons, step
 
 from onnxc.graph import load, opset, to_bytes, walk
 from passes.upgrade_opset import UpgradeOpset
@@ -89,6 +89,19 @@ def test_interface_and_large_weights_are_kept() -> None:
     assert [list(t.shape) for t in model.graph.outputs] == [["M", 30], ["M"]]
     held = next(t for n in model.graph.nodes for t in n.inputs if t.name == "W")
     np.testing.assert_array_equal(held.values, weight)
+
+
+def test_outputs_that_are_no_tensors_keep_their_types() -> None:
+    text = """g (float[4] x) => (seq(float[1]) y) {
+        u = Unsqueeze <axes = [0]> (x)
+        s = Squeeze <axes = [0]> (u)
+        y = SplitToSequence (s) }"""
+    model = load(bind(text, 11))
+    before = model.graph.outputs[0].dtype
+    results = UpgradeOpset().apply(model.graph, context(model))
+    assert len(changed(results)) == 1
+    assert model.graph.outputs[0].dtype == before
+    assert onnx.checker.check_model(to_bytes(model), full_check=True) is None
 
 
 def test_new_model_is_untouched() -> None:

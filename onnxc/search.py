@@ -1,0 +1,161 @@
+"""Which way of quantizing a model: by what each one measures, not by what it promises.
+
+    static        Q/DQ pairs, ranges from calibration: convolutions gain most from it
+    mixed         static convolutions, other heavy nodes quantized on the fly
+    dynamic       activations quantized on the fly, for MatMul, Gemm and LSTM
+    weight-only   int8 weights in the file, float arithmetic: never slower, always smaller
+
+Each candidate is built, run on held-out samples and timed in turn with the float model. Of those
+whose output keeps FLOOR dB, the fastest wins; within TIE of it, the more exact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from calib.data import Dataset
+from onnxc.bench import Latency, Ratio, speedup, time_interleaved
+from onnxc.check import Comparison, compare
+from onnxc.core import Context, Pass
+from onnxc.cost import free_dimensions, heavy_nodes
+from onnxc.graph import Model, copy, to_bytes
+from onnxc.integer import weighted_nodes
+from onnxc.ops import knowledge
+from onnxc.pipeline import Calibration, Progress, Step, compress
+from onnxc.runtime import Runtime
+from passes.correct_bias import CorrectBias
+from passes.equalize import Equalize
+from passes.quantize import Quantize, Ranges
+from passes.quantize_dynamic import QuantizeDynamic
+from passes.quantize_weights import QuantizeWeights
+
+Format = Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"]
+
+FLOOR = 15.0  # dB of output SQNR below which a candidate is no longer the same network
+TIE = 0.03  # speeds within this share are one speed on a shared machine
+Built = tuple[Model, tuple[Step, ...]]
+
+MINOR = 0.1  # share of the MACs below which MatMul and Gemm do not decide how to quantize
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate as built and measured. ratio: float latency over the candidate's."""
+
+    name: str
+    model: Model
+    steps: tuple[Step, ...]
+    comparison: Comparison
+    latency: Latency
+    ratio: Ratio
+
+    @property
+    def summary(self) -> str:
+        return f"{self.name}: {self.ratio.median:.2f}x, {self.comparison.sqnr:.1f} dB"
+
+
+def candidates(
+    model: Model,
+    context: Context,
+    format_: Format,
+    ranges: Ranges,
+    bits: int = 8,
+    pow2: bool = False,
+) -> dict[str, tuple[Pass, ...]]:
+    """The ways worth trying for a model, by name, in the order of preference."""
+    weights = QuantizeWeights()
+    static: tuple[Pass, ...] = (
+        Equalize(),
+        CorrectBias(power_of_two=pow2),
+        Quantize(ranges=ranges, power_of_two=pow2),
+    )
+    convolutions = _operators(model, context, channels=True)
+    mixed = (
+        Equalize(),
+        CorrectBias(ops=convolutions),
+        Quantize(ranges=ranges, ops=convolutions),
+        QuantizeDynamic(),
+    )
+    ways: dict[str, tuple[Pass, ...]] = {
+        "static": (*static, weights),
+        "mixed": (*mixed, weights),
+        "dynamic": (QuantizeDynamic(), weights),
+        "weight-only": (weights,),
+    }
+    return {name: ways[name] for name in _worth_trying(model, context, format_)}
+
+
+def _worth_trying(model: Model, context: Context, format_: Format) -> tuple[str, ...]:
+    if format_ in ("dynamic", "weight-only"):
+        return (format_,)
+    if format_ in ("qdq", "qoperator"):
+        return ("static",)
+    convolutions = _operators(model, context, channels=True)
+    products = _operators(model, context, channels=False)
+    if not convolutions and not products:
+        return ("dynamic", "weight-only")
+    if not convolutions:
+        return ("static", "dynamic", "weight-only")
+    if _share(model, products) < MINOR:
+        return ("static",)
+    return ("static", "mixed", "weight-only")
+
+
+def _operators(model: Model, context: Context, channels: bool) -> tuple[str, ...]:
+    """Operators of the heavy nodes with integer kernels: convolutions, or the others."""
+    nodes = weighted_nodes(model.graph, context)
+    return tuple(sorted({n.op for n in nodes if knowledge(n).float_output != channels}))
+
+
+def _share(model: Model, ops: tuple[str, ...]) -> float:
+    """Share of the model's multiply-accumulates in nodes of these operators."""
+    free = free_dimensions(model.graph)
+    macs = [(node.op, node.macs or 0) for node in heavy_nodes(model.graph, free)]
+    total = sum(count for _, count in macs)
+    return sum(count for op, count in macs if op in ops) / total if total else float(bool(ops))
+
+
+def build(
+    model: Model,
+    passes: Iterable[Pass],
+    context: Context,
+    calibration: Calibration,
+    feed: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Built:
+    """A candidate's model, made from a copy, and what each pass did."""
+    result = copy(model)
+    return result, tuple(compress(result, passes, context, calibration, feed, progress))
+
+
+def trials(
+    model: Model,
+    built: Mapping[str, Built],
+    heldout: Dataset,
+    runtime: Runtime,
+    repeats: int = 30,
+) -> tuple[list[Trial], Latency]:
+    """Measure built candidates against the float model on held-out samples, and time them in turn."""
+    float_bytes = to_bytes(model)
+    packed = {name: to_bytes(result) for name, (result, _) in built.items()}
+    feeds = [feed for feed, _ in zip(heldout.batches(1), range(4), strict=False)]
+    times = time_interleaved({"float": float_bytes, **packed}, feeds, runtime, repeats)
+    found = []
+    for name, (result, steps) in built.items():
+        comparison = compare(float_bytes, packed[name], heldout, runtime)
+        ratio = speedup(times["float"], times[name])
+        found.append(Trial(name, result, steps, comparison, times[name], ratio))
+    return found, times["float"]
+
+
+def best(found: Iterable[Trial]) -> Trial:
+    """The fastest of those that keep FLOOR dB, the most exact of those as fast; else the most exact."""
+    tried = list(found)
+    kept = [t for t in tried if t.comparison.sqnr >= FLOOR]
+    if not kept:
+        return max(tried, key=lambda t: t.comparison.sqnr)
+    fastest = max(t.ratio.median for t in kept)
+    tied = [t for t in kept if t.ratio.median >= (1 - TIE) * fastest]
+    return max(tied, key=lambda t: t.comparison.sqnr)
