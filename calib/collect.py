@@ -237,7 +237,7 @@ def _gather(
 def _open(proto: ModelProto, taps: Sequence[str], threads: int) -> ort.InferenceSession | None:
     if not taps:
         return None
-    return session(tap.tapped(proto, taps).SerializeToString(), Runtime(threads))
+    return session(tap.tapped(proto, taps).SerializeToString(), Runtime(threads, lean=True))
 
 
 def _observe(

@@ -157,7 +157,7 @@ def _observed(proto: ModelProto, names: Sequence[str], feed: Feed) -> dict[str, 
     for name in tensors:
         probe.graph.node.add(op_type="Shape", input=[name], output=[f"{name}:shape"])
         probe.graph.output.add(name=f"{name}:shape")
-    opened = session(probe.SerializeToString(), Runtime(arena=False))
+    opened = session(probe.SerializeToString(), Runtime(lean=True))
     shapes = run(opened, {i.name: feed[i.name] for i in opened.get_inputs()})
     elements = {n: types[n].tensor_type.elem_type if n in types else 0 for n in tensors}
     return {n: Layout(elements[n], tuple(shapes[f"{n}:shape"].tolist())) for n in tensors}

@@ -193,13 +193,14 @@ def _run(
     threads: int,
     goals: Sequence[tuple[int, Feed]] = (),
 ) -> list[tuple[int, Feed]]:
-    opened = session(half.SerializeToString(), Runtime(threads))
+    opened = session(half.SerializeToString(), Runtime(threads, lean=True))
     names = [i.name for i in opened.get_inputs()]
     results = []
     for index, feed in enumerate(dataset.batches(size)):
         given = {**feed, **goals[index][1]} if goals else feed
         rows = rows_of(feed, dataset.source.axes)
-        results.append((rows, run(opened, {name: given[name] for name in names})))
+        found = run(opened, {name: given[name] for name in names})
+        results.append((rows, {n: x.copy() for n, x in found.items()}))  # no view of the arena
     return results
 
 

@@ -117,7 +117,7 @@ class Calibration:
     dataset: Dataset
     max_memory: int | None = None
     threads: int = 1
-    sketch: int = 32
+    sketch: int = 205
     notes: list[str] = field(default_factory=list)
 
     def few(self) -> Dataset:

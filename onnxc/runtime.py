@@ -25,13 +25,14 @@ class Runtime:
     """How a model is run: the options of a session.
 
     threads: intra-op threads, 0 for all cores. level: a key of LEVELS. provider: any execution
-    provider of the installed ONNX Runtime, with or without the suffix "ExecutionProvider".
+    provider of the installed ONNX Runtime, with or without the suffix "ExecutionProvider". lean: plan no
+    memory ahead, which takes a second set of buffers; for few runs of a model.
     """
 
     threads: int = 1
     level: str = "all"
     provider: str = "CPU"
-    arena: bool = True
+    lean: bool = False
 
 
 def provider_name(name: str) -> str:
@@ -56,7 +57,7 @@ def session(
     options.intra_op_num_threads = runtime.threads
     options.log_severity_level = 4
     options.graph_optimization_level = LEVELS[runtime.level]
-    options.enable_cpu_mem_arena = runtime.arena
+    options.enable_mem_pattern = not runtime.lean
     if dump is not None:
         options.optimized_model_filepath = str(dump)
     source = model if isinstance(model, bytes) else str(model)
