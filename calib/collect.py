@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx
 import onnxruntime as ort
 from onnx import ModelProto
 
@@ -46,7 +47,8 @@ Progress = Callable[[int, int], None]
 class Collected:
     """Statistics and what gathering them took.
 
-    notes: sentences for the report. samples: seen in each segment. estimate: planned bytes of the
+    notes: sentences for the report. binned: share of the values that the histograms hold; minimum
+    and maximum saw all. samples: seen in each segment. estimate: planned bytes of the
     process. peak_rss: largest resident bytes of the process up to now; rss: those now.
     """
 
@@ -58,6 +60,7 @@ class Collected:
     estimate: int
     peak_rss: int
     rss: int
+    binned: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,12 @@ def collect(
     mask does) is left out with a note. Raises OptionError for an unknown tensor or statistic,
     DataError naming the tensor that holds NaN, ModelError when the model does not run.
     """
-    wanted = sorted(set(keys))
+    wanted = sorted(set(keys), key=lambda key: (key.name, key.what, str(key.axis)))
     proto = to_proto(model)
+    _add_differences(proto, wanted)
     usable, notes = observable(proto, wanted)
     direct = {i.name for i in proto.graph.input}
-    taps = [n for n in _in_order(proto) if n in {k.tensor for k in usable} and n not in direct]
+    taps = [n for n in _in_order(proto) if n in {k.name for k in usable} and n not in direct]
     plan = plan_runs(proto, taps, dataset, max_memory, batch)
     try:
         stats = _gather(proto, plan, usable, dataset, threads, progress)
@@ -105,9 +109,18 @@ def collect(
         plan = replace(plan, batch=1, notes=(*plan.notes, note))
         stats = _gather(proto, plan, usable, dataset, threads, progress)
     stats, infinite = _finite(stats, direct)
-    notes = (*notes, *plan.notes, *infinite, *_sampling(stats))
+    notes = (*notes, *plan.notes, *infinite)
     samples, segments = len(dataset), len(plan.segments)
-    return Collected(stats, notes, samples, plan.batch, segments, plan.estimate, *resident())
+    shape = (samples, plan.batch, segments, plan.estimate)
+    return Collected(stats, notes, *shape, *resident(), _binned(stats))
+
+
+def _add_differences(proto: ModelProto, keys: Sequence[Key]) -> None:
+    """Let the model compute what keys with `minus` observe."""
+    for key in keys:
+        if key.minus is not None:
+            inputs = [key.tensor, key.minus]
+            proto.graph.node.append(onnx.helper.make_node("Sub", inputs, [key.name]))
 
 
 def observable(proto: ModelProto, keys: Sequence[Key]) -> tuple[list[Key], tuple[str, ...]]:
@@ -124,7 +137,7 @@ def observable(proto: ModelProto, keys: Sequence[Key]) -> tuple[list[Key], tuple
             raise OptionError(
                 f"statistic {key.what!r} is unknown; use one of {', '.join(OBSERVERS)}"
             )
-        if key.tensor in known:
+        if key.name in known:
             usable.append(key)
         elif key.tensor in nested:
             notes.append(f"tensor {key.tensor!r} is inside a nested body, so it was not observed")
@@ -217,12 +230,12 @@ def _gather(
     """Run every segment over the dataset into fresh observers."""
     stats = {key: OBSERVERS[key.what](key.axis) for key in keys}
     tapped = {name for segment in plan.segments for name in segment}
-    fed = tuple(sorted({key.tensor for key in keys} - tapped))
+    fed = tuple(sorted({key.name for key in keys} - tapped))
     axes = dataset.source.axes
     total = len(dataset) * len(plan.segments)
     done = 0
     for segment in plan.segments:
-        observers = {n: [stats[k] for k in keys if k.tensor == n] for n in (*fed, *segment)}
+        observers = {n: [stats[k] for k in keys if k.name == n] for n in (*fed, *segment)}
         opened = _open(proto, segment, threads)
         for feed in dataset.batches(plan.batch):
             rows = rows_of(feed, axes)
@@ -276,10 +289,7 @@ def _finite(
     return {k: o for k, o in stats.items() if o.is_finite}, tuple(notes)
 
 
-def _sampling(stats: Mapping[Key, Streaming]) -> tuple[str, ...]:
-    """How much of the values the histograms hold, where that is not all."""
+def _binned(stats: Mapping[Key, Streaming]) -> float:
     histograms = [o for o in stats.values() if isinstance(o, HistogramObserver)]
     seen, binned = sum(o.count for o in histograms), sum(o.binned for o in histograms)
-    if binned == seen:
-        return ()
-    return (f"histograms hold {binned / seen:.1%} of the values; minimum and maximum saw all",)
+    return binned / seen if seen else 1.0

@@ -6,51 +6,69 @@ Memory is in bytes, time in seconds, latency in milliseconds.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-from numpy.typing import NDArray
-
 from calib import merge
 from calib.collect import collect
 from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
+from onnxc import recipe as recipes
 from onnxc.bench import speedup, time_interleaved
 from onnxc.check import compare, coverage
 from onnxc.core import Key
 from onnxc.cost import FLOATS, external_files, file_bytes, inspect, type_name
 from onnxc.errors import DataError, ModelError, OptionError
+from onnxc.fidelity import check_labels
 from onnxc.graph import Model, load, save, to_bytes
+from onnxc.paths import check_folder, check_output, default_output, existing
 from onnxc.pipeline import Calibration
-from onnxc import recipe as recipes
-from onnxc.quantization import THREADS, QuantizeSettings, check_input, quantize_model, split
-from onnxc.recipe import Calibration as RecipeCalibration
+from onnxc.quantization import (
+    THREADS,
+    Attempt,
+    Quantized,
+    QuantizeSettings,
+    attempt,
+    check_input,
+    quantize_model,
+    split,
+)
 from onnxc.recipe import Recipe
-from onnxc.report import Benchmark, Calibrated, Measure, Report, Validation
-from onnxc.runtime import Runtime, dtype_of, run, session
+from onnxc.report import Benchmark, Calibrated, Effect, Measure, Preview, Report, Validation
+from onnxc.runtime import LEVELS, Runtime, dtype_of, provider_name, run, session
 from onnxc.selectors import Selector
 from onnxc.shapes import infer
+from onnxc.targets import Target
 from onnxc.targets import choose as choose_target
+from onnxc.vectors import write_vectors
 
-__all__ = ["benchmark", "calibrate", "inspect", "load", "quantize", "save", "validate"]
+__all__ = [
+    "QuantizeSettings",
+    "benchmark",
+    "calibrate",
+    "inspect",
+    "load",
+    "preview",
+    "quantize",
+    "save",
+    "validate",
+]
 
 ModelPath = str | Path
 Progress = Callable[[str], None]
 
+DEFAULTS = QuantizeSettings()
 NO_DATA = "made without data: ranges come from synthesized input and fit no real one; give --data"
-DEFAULT_MEMORY = 400_000_000  # bytes of the process during calibration
-
-VECTORS = 10  # test_data_set folders written by save_vectors
+LEAST_MEMORY = 400_000_000  # bytes of the process during calibration, where none are asked for
+FILE_COPIES = 6  # or this many times the model, for large ones
 FEEDS = 8  # samples that a benchmark takes in turn
+MADE_UP = 16  # samples for a calibration without data
+PREVIEWED = 4  # samples that a preview calibrates on: the effect on nodes needs no good ranges
 
 
 def quantize(
@@ -58,89 +76,204 @@ def quantize(
     *,
     data: Any = None,
     val: Any = None,
-    preprocess: Preprocess | None = None,
-    samples: int | None = None,
-    output: str | Path | None = None,
-    target: str = "auto",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    settings: QuantizeSettings = QuantizeSettings(),
+    output: ModelPath | None = None,
     recipe: Recipe | None = None,
+    settings: QuantizeSettings = DEFAULTS,
     runtime: Runtime = Runtime(),
-    max_memory: int | None = None,
     max_drop: float | None = None,
-    seed: int = 0,
-    dry_run: bool = False,
     strict: bool = False,
     progress: Progress | None = None,
+    **override: Any,
 ) -> Report:
     """Make a model smaller and faster in few-bit integers, and prove it.
 
     data: what `calib.data.open_data` takes; without it the input is synthesized and the headline
     says so. val: samples that the result is judged by; by default a part of `data` that calibration
-    never sees. output: the file to write, by default MODEL with the suffix .int8.onnx. recipe: passes
-    and settings that take the place of `settings`, `target` and `data`. max_drop: points of top-1
-    (without labels: of disagreement) that may be lost; with `strict` a result that loses more is not
-    written. dry_run: do all but write.
+    never sees. output: the file to write, by default MODEL with the suffix .int8.onnx. recipe: what
+    to do; where it names no passes, `settings` choose them. runtime: how models are run and timed.
+    max_drop: points of top-1 (without labels: of disagreement) that may be lost; with `strict` a
+    result that loses more is not written. override: what goes before the keys of the recipe:
+    target, seed, include, exclude, samples, max_memory, preprocess.
 
     Raises ModelError, DataError or OptionError; nothing is written then.
     """
-    start, path = time.perf_counter(), _existing(model)
-    say = progress or (lambda text: None)
-    place = check_output(output or default_output(path), path)
-    given = recipe or Recipe(seed=seed, target=target, only=Selector.parse(include, exclude))
-    source = data if data is not None else given.calibration.data
-    preprocess = preprocess or given.calibration.preprocess
-    samples = samples if samples is not None else given.calibration.samples
-    row = choose_target(given.target)
-    say("loading")
-    opened = load(path)
-    check_input(opened, str(path))
-    only = given.only.resolve(opened.graph)
-    dataset = _dataset(path, source, preprocess, samples, given.seed)
-    kept, held = split(dataset)
-    judge = held if val is None else open_data(val, input_specs(path), preprocess, None, given.seed)
-    bound = max_memory if max_memory is not None else given.calibration.max_memory
-    calibration = Calibration(kept, bound or DEFAULT_MEMORY, threads=THREADS)
-    found = quantize_model(
-        opened, calibration, judge, row, settings, only, given.passes, runtime, given.seed, say
-    )
+    start = time.perf_counter()
+    say = progress or _silent
+    job = _job(model, data, val, output, recipe, settings, runtime, say, override)
+    with _naming(job.path):
+        found = quantize_model(
+            job.model,
+            job.calibration,
+            job.judge,
+            job.target,
+            settings,
+            job.only,
+            job.recipe.passes,
+            runtime,
+            job.recipe.seed,
+            say,
+        )
     missed = missed_bounds(found.comparison, max_drop)
-    is_written = not dry_run and not (strict and missed)
+    is_written = not (strict and missed)
     if is_written:
         say("writing")
-        save(found.model, place)
-    size = file_bytes(place) if is_written else len(to_bytes(found.model))
-    replay = replace(
-        given, passes=found.passes, calibration=RecipeCalibration(_text(source), samples, bound, preprocess)
+        save(found.model, job.output)
+    report = _report(job, found, missed, is_written)
+    return replace(report, memory_peak=peak_memory(), seconds=time.perf_counter() - start)
+
+
+def preview(
+    model: ModelPath,
+    *,
+    data: Any = None,
+    val: Any = None,
+    output: ModelPath | None = None,
+    recipe: Recipe | None = None,
+    settings: QuantizeSettings = DEFAULTS,
+    runtime: Runtime = Runtime(),
+    progress: Progress | None = None,
+    **override: Any,
+) -> Preview:
+    """What `quantize` would do to which nodes, on each way that it would try; nothing is written.
+
+    Takes and raises what `quantize` does. Nothing is measured, and few samples are read.
+    """
+    say = progress or _silent
+    job = _job(model, data, val, output, recipe, settings, runtime, say, override)
+    kept = job.calibration.dataset
+    few = kept.subset([i * len(kept) // PREVIEWED for i in range(min(PREVIEWED, len(kept)))])
+    calibration = replace(job.calibration, dataset=few)
+    feed = next(iter(few.batches(1)))
+    passes, seed = job.recipe.passes, job.recipe.seed
+    with _naming(job.path):
+        tried = attempt(
+            job.model, calibration, feed, job.target, settings, job.only, passes, seed, say
+        )
+    prepared = tuple(change for step in tried.prepared for change in step.changes)
+    ways = {name: _effect(tried, name) for name in tried.ways}
+    notes = (*job.model.notes, *kept.notes)
+    return Preview(str(job.path), str(job.output), job.target.name, prepared, ways, notes)
+
+
+def _effect(tried: Attempt, name: str) -> Effect:
+    quantized = tried.quantized(name)
+    steps, done = tried.built[name][1], {change.node for change in quantized}
+    helping = tuple(c for step in steps for c in step.changes if c not in quantized)
+    skips = (skip for step in steps for skip in step.skips if skip.node not in done)
+    return Effect(quantized, helping, tuple(dict.fromkeys(skips)))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checked request to quantize: nothing long has been done yet.
+
+    source, val: as given, or as the recipe says. recipe: with the options in place.
+    """
+
+    path: Path
+    output: Path
+    model: Model
+    target: Target
+    only: Selector
+    recipe: Recipe
+    source: Any
+    val: Any
+    calibration: Calibration
+    judge: Dataset
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the model and the data; complete once all samples were read."""
+        kept = self.calibration.dataset
+        counts = f"calibrated on {len(kept)} samples, judged on {len(self.judge)} "
+        whose = "of the validation data" if self.val is not None else "held out of them"
+        where = "others, synthesized too" if self.source is None else whose
+        judged = (f"validation data: {n}" for n in self.judge.notes if self.val is not None)
+        return (counts + where, *self.model.notes, *kept.notes, *judged)
+
+
+def _job(
+    model: ModelPath,
+    data: Any,
+    val: Any,
+    output: ModelPath | None,
+    recipe: Recipe | None,
+    settings: QuantizeSettings,
+    runtime: Runtime,
+    say: Progress,
+    override: dict[str, Any],
+) -> _Job:
+    """Check everything that can be checked at once, the cheapest first."""
+    path = existing(model)
+    _check_runtime(runtime)
+    given = recipes.override(recipe or Recipe(), data=_text(data), val=_text(val), **override)
+    row = choose_target(given.target)
+    source = data if data is not None else given.calibration.data
+    val = val if val is not None else given.calibration.val
+    place = check_output(output or default_output(path, settings.bits), path, source, val)
+    say("loading")
+    opened = load(path)
+    check_output(place, *external_files(path))
+    check_input(opened, str(path))
+    only = given.only.resolve(opened.graph)
+    kept, judge = _samples(path, source, val, given)
+    for dataset in (judge,) if val is None else (kept, judge):
+        _try_out(path, dataset, runtime)
+    memory = given.calibration.max_memory or max(LEAST_MEMORY, FILE_COPIES * file_bytes(path))
+    exact = replace(
+        given, target=row.name, calibration=replace(given.calibration, max_memory=memory)
     )
+    calibration = Calibration(kept, memory, threads=THREADS)
+    return _Job(path, place, opened, row, only, exact, source, val, calibration, judge)
+
+
+def _samples(path: Path, source: Any, val: Any, recipe: Recipe) -> tuple[Dataset, Dataset]:
+    """Samples to calibrate on, and others to judge by."""
+    specs, seed = input_specs(path), recipe.seed
+    images, count = recipe.calibration.preprocess, recipe.calibration.samples
+    if source is None:
+        kept = synthesize(specs, count or MADE_UP, seed)
+        held = synthesize(specs, count or MADE_UP, seed + 1)
+    elif val is None:
+        kept, held = split(open_data(source, specs, images, count, seed))
+    else:
+        kept = held = open_data(source, specs, images, count, seed)
+    return kept, held if val is None else open_data(val, specs, images, None, seed)
+
+
+def _try_out(path: Path, dataset: Dataset, runtime: Runtime) -> None:
+    """Run the model once, so that data which do not fit it are told before the long work."""
+    feed = next(iter(dataset.batches(1)))
+    with _naming(path):
+        try:
+            outputs = run(session(path, runtime), feed)
+        except ModelError as error:
+            expected = "; ".join(spec.expects for spec in dataset.inputs)
+            raise DataError(f"{path} does not run on the data: {error} ({expected})") from error
+    if dataset.labels is not None:
+        check_labels(dataset.labels, outputs)
+
+
+def _report(job: _Job, found: Quantized, missed: tuple[str, ...], is_written: bool) -> Report:
+    size = file_bytes(job.output) if is_written else len(to_bytes(found.model))
     return Report(
-        model=str(path),
-        output=str(place) if is_written else None,
-        before=Measure(file_bytes(path), found.before),
+        model=str(job.path),
+        output=str(job.output) if is_written else None,
+        before=Measure(file_bytes(job.path), found.before),
         after=Measure(size, found.after),
-        target=row.name,
-        headline="" if source is not None else NO_DATA,
+        target=job.target.name,
+        way=found.way,
+        quantized=found.count,
+        headline="" if job.source is not None else NO_DATA,
         speedup=found.ratio,
         comparison=found.comparison,
         coverage=found.coverage,
         changes=found.changes,
         skips=found.skips,
         missed=missed,
-        notes=(*opened.notes, *dataset.notes, _judged(val, kept, judge), *found.notes),
-        recipe=recipes.dump(replay),
-        memory_peak=peak_memory(),
-        seconds=time.perf_counter() - start,
+        notes=(*found.notes, *job.notes),
+        recipe=recipes.dump(replace(job.recipe, passes=found.passes)),
     )
-
-
-def _judged(val: Any, kept: Dataset, judge: Dataset) -> str:
-    where = "validation samples" if val is not None else "samples held out of the calibration data"
-    return f"calibrated on {len(kept)} samples, judged on {len(judge)} {where}"
-
-
-def _text(source: Any) -> str | None:
-    return str(source) if isinstance(source, str | Path) else None
 
 
 def validate(
@@ -153,42 +286,49 @@ def validate(
     seed: int = 0,
     runtime: Runtime = Runtime(),
     max_drop: float | None = None,
-    save_vectors: str | Path | None = None,
+    save_vectors: ModelPath | None = None,
     progress: Progress | None = None,
 ) -> Validation:
     """Compare a candidate with its reference over data: accuracy, agreement, SQNR, kernels.
 
-    data: what `calib.data.open_data` takes; without it the input is synthesized, and a note says
-    so. max_drop: points of top-1 (or, without labels, of disagreement) that may be lost.
+    data: what `calib.data.open_data` takes; without it the input is synthesized, and the headline
+    says so. max_drop: points of top-1 (or, without labels, of disagreement) that may be lost.
     save_vectors: folder for ONNX test_data_set_* with the reference's outputs, beside the candidate
     as model.onnx.
 
     Raises ModelError, DataError or OptionError; nothing is written then.
     """
-    say = progress or (lambda text: None)
-    first, second = _existing(reference), _existing(candidate)
-    if save_vectors is not None:
-        _check_folder(Path(save_vectors))
+    say = progress or _silent
+    first, second = existing(reference), existing(candidate)
+    _check_runtime(runtime)
+    folder = None if save_vectors is None else check_folder(Path(save_vectors))
+    _check_same_inputs(first, second)
     dataset = _dataset(first, data, preprocess, samples, seed)
+    for path in (first, second):
+        _try_out(path, dataset, runtime)
     say("comparing")
-    comparison = compare(first, second, dataset, runtime)
+    with _naming(second):
+        comparison = compare(first, second, dataset, runtime)
     say("timing")
     feeds = list(islice(dataset.batches(1), FEEDS))
     times = time_interleaved({"before": first, "after": second}, feeds, runtime)
-    if save_vectors is not None:
-        say("writing vectors")
-        write_vectors(first, second, dataset, Path(save_vectors), runtime)
-    return Validation(
+    found = Validation(
         reference=str(reference),
         candidate=str(candidate),
         before=Measure(file_bytes(first), times["before"]),
         after=Measure(file_bytes(second), times["after"]),
+        headline="" if data is not None else "compared without data, on synthesized input",
         speedup=speedup(times["before"], times["after"]),
         comparison=comparison,
         coverage=coverage(second, runtime),
         missed=missed_bounds(comparison, max_drop),
         notes=dataset.notes,
+        vectors=None if folder is None else str(folder),
     )
+    if folder is not None:
+        say("writing vectors")
+        write_vectors(first, second, dataset, folder, runtime)
+    return found
 
 
 def benchmark(
@@ -207,27 +347,29 @@ def benchmark(
 
     Raises OptionError when the models do not take the same inputs, ModelError, DataError.
     """
-    paths = [_existing(model) for model in models]
+    paths = [existing(model) for model in models]
     if not paths:
         raise OptionError("there is no model to time")
+    _check_runtime(runtime)
     for path in paths[1:]:
         _check_same_inputs(paths[0], path)
-    dataset = _dataset(paths[0], data, preprocess, FEEDS * batch if data else FEEDS, seed)
-    if progress is not None:
-        progress("timing")
+    dataset = _dataset(paths[0], data, preprocess, batch * max(1, FEEDS // batch), seed)
+    for path in paths:
+        _try_out(path, dataset, runtime)
+    (progress or _silent)("timing")
     named = dict(zip(_labels(paths), paths, strict=True))
     feeds = list(dataset.batches(batch))
     times = time_interleaved(named, feeds, runtime, repeats, min_time)
     base, *others = times
     ratios = {name: speedup(times[base], times[name]) for name in others}
-    return Benchmark(runtime, times, ratios, dataset.notes)
+    return Benchmark(runtime, times, ratios, min(batch, len(dataset)), dataset.notes)
 
 
 def calibrate(
     model: ModelPath,
     *,
     data: Any,
-    output: str | Path,
+    output: ModelPath,
     preprocess: Preprocess | None = None,
     samples: int | None = None,
     seed: int = 0,
@@ -238,15 +380,19 @@ def calibrate(
 
     Raises ModelError, DataError or OptionError; nothing is written then.
     """
-    start, path = time.perf_counter(), _existing(model)
-    target = check_output(output, path)
-    dataset = open_data(data, input_specs(path), preprocess, samples, seed)
+    start, path = time.perf_counter(), existing(model)
+    target = check_output(output, path, data)
     opened = load(path)
+    check_output(target, *external_files(path))
+    dataset = open_data(data, input_specs(path), preprocess, samples, seed)
+    _try_out(path, dataset, Runtime())
     digest = merge.digest(opened)
     infer(opened, next(iter(dataset.batches(1))))
     keys = [Key(name, "histogram") for name in _float_tensors(opened)]
+    memory = max_memory or max(LEAST_MEMORY, FILE_COPIES * file_bytes(path))
     count = (lambda done, total: progress(f"calibrating {done}/{total}")) if progress else None
-    found = collect(opened, keys, dataset, max_memory=max_memory, progress=count)
+    with _naming(path):
+        found = collect(opened, keys, dataset, max_memory=memory, progress=count)
     seen = (dataset.fingerprint(),)
     merge.save(merge.Statistics(found.stats, digest, seen, found.batch), target)
     return Calibrated(
@@ -254,6 +400,7 @@ def calibrate(
         output=str(target),
         samples=found.samples,
         tensors=len(found.stats),
+        binned=found.binned,
         memory_peak=found.peak_rss,
         seconds=time.perf_counter() - start,
         notes=(*dataset.notes, *found.notes),
@@ -267,33 +414,10 @@ def _float_tensors(model: Model) -> list[str]:
     return [t.name for t in tensors if type_name(t.dtype) in FLOATS]
 
 
-def default_output(model: Path) -> Path:
-    """MODEL with the suffix .int8.onnx, beside it."""
-    return model.with_name(f"{model.stem}.int8.onnx")
-
-
-def check_output(output: str | Path, *inputs: ModelPath) -> Path:
-    """The output path, if a file can be written there. Raises OptionError before any long work."""
-    path = Path(output)
-    if path.is_dir():
-        raise OptionError(f"output {path} is a folder; give the name of a file in it")
-    if not path.parent.is_dir():
-        raise OptionError(f"output {path}: there is no folder {path.parent}; create it first")
-    for source in map(Path, inputs):
-        if path.exists() and source.exists() and path.samefile(source):
-            raise OptionError(f"output {path} is the input itself; give another name")
-    is_open = os.access(path.parent, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
-    if not is_open:
-        raise OptionError(f"output {path} is not writable; give another place")
-    return path
-
-
 def input_specs(model: Path) -> list[InputSpec]:
     """What a model takes. Raises ModelError, naming the file, when that is not only tensors."""
-    try:
+    with _naming(model):
         ports = session(model, Runtime(level="none")).get_inputs()
-    except ModelError as error:
-        raise ModelError(f"{model}: {error}") from error
     specs = []
     for port in ports:
         dtype = dtype_of(port.type)
@@ -327,64 +451,28 @@ def peak_memory() -> int | None:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
-def write_vectors(
-    reference: Path, candidate: Path, dataset: Dataset, folder: Path, runtime: Runtime = Runtime()
-) -> None:
-    """Write folder/model.onnx (the candidate) and folder/test_data_set_k/{input,output}_i.pb.
-
-    The outputs are the reference's, so that a target's own runtime can be checked against them.
-    The folder appears whole or not at all. Raises ModelError for an output that is not a tensor.
-    """
-    opened, specs = session(reference, runtime), input_specs(reference)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".onnxc-") as temporary:
-        made = Path(temporary) / "vectors"
-        _copy_model(candidate, made / "model.onnx")
-        for number, feed in enumerate(islice(dataset.batches(1), VECTORS)):
-            place = made / f"test_data_set_{number}"
-            place.mkdir()
-            _write_tensors(place, "input", {spec.name: feed[spec.name] for spec in specs})
-            _write_tensors(place, "output", run(opened, feed))
-        if folder.exists():
-            folder.rmdir()  # empty, as checked
-        made.rename(folder)
+def _silent(text: str) -> None:
+    """Progress that nobody watches."""
 
 
-def _copy_model(model: Path, target: Path) -> None:
-    """Copy a model with the files of its external data."""
-    target.parent.mkdir()
-    shutil.copyfile(model, target)
-    for file in external_files(model):
-        place = target.parent / file.relative_to(model.parent)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place)
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name in front of what is wrong with a model."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
-def _write_tensors(folder: Path, side: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    for number, (name, array) in enumerate(arrays.items()):
-        if not isinstance(array, np.ndarray):
-            raise ModelError(f"{side} {name!r} is not a tensor, so no vectors can be saved")
-        tensor = onnx.numpy_helper.from_array(array, name)
-        (folder / f"{side}_{number}.pb").write_bytes(tensor.SerializeToString())
+def _check_runtime(runtime: Runtime) -> None:
+    """Raise OptionError for a provider or an optimization level that there is not."""
+    provider_name(runtime.provider)
+    if runtime.level not in LEVELS:
+        raise OptionError(f"level {runtime.level!r} is unknown; choose {', '.join(LEVELS)}")
 
 
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise OptionError(f"{folder} is a file; give a folder for the vectors")
-    if not folder.parent.is_dir():
-        raise OptionError(f"{folder}: there is no folder {folder.parent}; create it first")
-    if folder.exists() and any(folder.iterdir()):
-        raise OptionError(f"{folder} is not empty; give a new folder for the vectors")
-    if not os.access(folder.parent, os.W_OK):
-        raise OptionError(f"{folder} is not writable; give another place")
-
-
-def _existing(model: ModelPath) -> Path:
-    path = Path(model)
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder; give a model file")
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist; give a model file")
-    return path
+def _text(source: Any) -> str | None:
+    return str(source) if isinstance(source, str | Path) else None
 
 
 def _dataset(
@@ -397,10 +485,27 @@ def _dataset(
 
 
 def _check_same_inputs(first: Path, other: Path) -> None:
-    mine, theirs = ({s.name: s.expects for s in input_specs(path)} for path in (first, other))
-    if mine != theirs:
-        odd = min(set(mine.items()) ^ set(theirs.items()))[1]
-        raise DataError(f"{first} and {other} do not take the same inputs: only one says: {odd}")
+    """Raise DataError, naming an input, where what fits one model does not fit the other."""
+    mine, theirs = ({spec.name: spec for spec in input_specs(path)} for path in (first, other))
+    names = dict.fromkeys((*mine, *theirs))
+    odd = next((n for n in names if not _is_alike(mine.get(n), theirs.get(n))), None)
+    if odd is not None:
+        says = ", but ".join(_says(p, s.get(odd)) for p, s in ((first, mine), (other, theirs)))
+        raise DataError(f"the models do not take the same inputs ({odd!r}): {says}")
+
+
+def _is_alike(mine: InputSpec | None, theirs: InputSpec | None) -> bool:
+    """Equal type and rank, and equal sizes where both are fixed."""
+    if mine is None or theirs is None or mine.dtype != theirs.dtype:
+        return False
+    if mine.shape is None or theirs.shape is None or len(mine.shape) != len(theirs.shape):
+        return mine.shape is None or theirs.shape is None
+    pairs: Iterable[tuple[Any, Any]] = zip(mine.shape, theirs.shape, strict=True)
+    return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+
+
+def _says(path: Path, spec: InputSpec | None) -> str:
+    return f"{path} has no such input" if spec is None else f"{path} says: {spec.expects}"
 
 
 def _labels(paths: Sequence[Path]) -> Iterator[str]:

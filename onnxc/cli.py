@@ -1,15 +1,18 @@
 """The command `onnxc`: runs a command, shows its report, and turns errors into exit codes.
 
-0    good
-1    the result missed a bound that was asked for
-2    bad input: one sentence on standard error, nothing written
-130  interrupted, nothing left half-written
+0           good
+1           the result missed a bound that was asked for
+2           bad input: one sentence on standard error, nothing written
+130, 143    stopped by Ctrl-C or SIGTERM (128 + the signal's number), nothing left half-written
 """
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -18,11 +21,50 @@ from onnxc import refuse_strangers
 from onnxc.errors import OnnxcError
 
 GOOD, MISSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+STOPPED = "Interrupted; no partial file was left."
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
+class StoppedError(BaseException):
+    """A signal asked the process to stop; no `except` clause but this module's may catch it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code."""
-    sys.exit(run(arguments))
+    with stoppable():
+        code = run(arguments)
+    sys.exit(code)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Unwind the block at the first signal, and leave with 128 + its number; ignore later ones.
+
+    What unwinds removes its temporary files, so that a second signal must not cut it short.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        _ignore(SIGNALS)
+        received.append(number)
+        raise StoppedError
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        _ignore(SIGNALS)
+        if received:  # whatever libraries made of the exception on its way
+            sys.exit(_say(STOPPED, 128 + received[0]))
+
+
+def _ignore(signals: Iterable[int]) -> None:
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +78,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
         result = onnxc.main(arguments, prog_name="onnxc", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
-        return _say("Interrupted; nothing was written.", INTERRUPTED)
+        return _say(STOPPED, INTERRUPTED)
     except click.ClickException as error:
         return _say(f"Error: {_sentence(error)}", BAD_INPUT)
     except BrokenPipeError:  # the reader of a pipe has left
@@ -55,14 +97,14 @@ def _say(sentence: str, code: int) -> int:
 
 
 def _sentence(error: click.ClickException) -> str:
-    """Click's message, and where to read on."""
-    message = error.format_message().strip().rstrip(".")
+    """Click's message in one line, and where to read on."""
+    message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
     return f"{message}; see {context.command_path} --help" if context else message
 
 
 def _text(error: BaseException) -> str:
-    """One line; for the system's errors, what and which file."""
+    """One line; for the system's errors, which file and what."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the disk'}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console, RenderableType
 
-from onnxc import api, options, recipe, report
+from onnxc import api, console, options, recipe, report
 
 ModelArgument = click.Path(path_type=Path)
 Render = Callable[[Any], RenderableType]
@@ -38,7 +41,7 @@ def onnxc() -> None:
 def inspect(model: Path, as_json: bool, quiet: bool) -> None:
     """Parameters, MACs, bytes by type, and what can be compressed."""
     found = api.inspect(model)
-    show(found, lambda r: report.render_inspection(r, str(model)), as_json, quiet)
+    show(found, lambda r: console.render_inspection(r, str(model)), as_json, quiet)
 
 
 @onnxc.command(
@@ -70,7 +73,7 @@ def validate(context: click.Context, /, **settings: Any) -> int:
             progress=say,
             **_some(settings, "data", "samples", "max_drop", "save_vectors", "seed"),
         )
-    show(found, report.render_validation, settings["as_json"], settings["quiet"])
+    show(found, console.render_validation, settings["as_json"], settings["quiet"])
     return EXIT_MISSED if found.missed else 0
 
 
@@ -96,7 +99,7 @@ def bench(context: click.Context, /, **settings: Any) -> None:
             progress=say,
             **_some(settings, "data", "batch", "repeats", "min_time", "seed"),
         )
-    show(found, report.render_benchmark, settings["as_json"], settings["quiet"])
+    show(found, console.render_benchmark, settings["as_json"], settings["quiet"])
 
 
 @onnxc.command(
@@ -123,21 +126,37 @@ def bench(context: click.Context, /, **settings: Any) -> None:
 @click.pass_context
 def quantize(context: click.Context, /, **settings: Any) -> int:
     """Make MODEL smaller and faster in few-bit integers, and prove it."""
+    request = _request(context, settings)
     with progress(settings) as say:
-        found = api.quantize(
-            settings["model"],
-            preprocess=options.preprocess_of(context),
-            settings=options.build(context, api.QuantizeSettings),
-            recipe=recipe.load(settings["recipe"]) if settings["recipe"] else None,
-            runtime=options.runtime_of(context),
-            progress=say,
-            **_some(settings, "data", "val", "samples", "output", "target", "include", "exclude"),
-            **_some(settings, "max_memory", "max_drop", "seed", "dry_run", "strict"),
-        )
-    show(found, report.render, settings["as_json"], settings["quiet"])
+        if settings["dry_run"]:
+            effect = api.preview(settings["model"], **request, progress=say)
+        else:
+            bounds = _some(settings, "max_drop", "strict")
+            found = api.quantize(settings["model"], **request, **bounds, progress=say)
+    if settings["dry_run"]:
+        show(effect, console.render_preview, settings["as_json"], settings["quiet"])
+        return 0
+    show(found, console.render, settings["as_json"], settings["quiet"])
     if settings["print_recipe"] and not settings["as_json"]:
         click.echo(found.recipe)
     return EXIT_MISSED if found.missed else 0
+
+
+def _request(context: click.Context, settings: dict[str, Any]) -> dict[str, Any]:
+    """What to quantize and how: the recipe, and whatever was written beside it."""
+    chosen = options.given(context, options.names(api.QuantizeSettings))
+    replayed = recipe.load(settings["recipe"]) if settings["recipe"] else None
+    if replayed is not None and replayed.passes:
+        replayed = replace(replayed, passes=recipe.adjust(replayed.passes, chosen))
+    override = options.given(context, ("target", "seed", "include", "exclude", "samples"))
+    return {
+        "recipe": replayed,
+        "settings": options.build(context, api.QuantizeSettings),
+        "runtime": options.runtime_of(context),
+        "preprocess": options.preprocess_of(context),
+        **_some(settings, "data", "val", "output", "max_memory"),
+        **override,
+    }
 
 
 @onnxc.command(cls=Example, example="onnxc calibrate model.onnx --data calib/ -o model.stats")
@@ -157,7 +176,7 @@ def calibrate(context: click.Context, /, **settings: Any) -> None:
             progress=say,
             **_some(settings, "data", "output", "samples", "seed", "max_memory"),
         )
-    show(found, report.render_calibrated, settings["as_json"], settings["quiet"])
+    show(found, console.render_calibrated, settings["as_json"], settings["quiet"])
 
 
 def show(found: Any, render: Render, as_json: bool, quiet: bool) -> None:
@@ -171,9 +190,30 @@ def show(found: Any, render: Render, as_json: bool, quiet: bool) -> None:
 @contextmanager
 def progress(settings: dict[str, Any]) -> Iterator[Callable[[str], None]]:
     """A line on standard error that says what is being done, where somebody watches."""
-    console = Console(stderr=True, quiet=settings["quiet"] or settings["as_json"])
-    with console.status("starting") as status:
-        yield status.update
+    screen = Console(stderr=True, quiet=settings["quiet"] or settings["as_json"])
+    with screen.status("starting") as status:
+        yield Watch(status.update)
+
+
+@dataclass
+class Watch:
+    """Progress that ends in "i/n" gets an estimate of the time that is left."""
+
+    show: Callable[[str], None]
+    task: str = ""
+    start: float = 0.0
+
+    def __call__(self, text: str) -> None:
+        self.show(text + self._estimate(text, time.monotonic()))
+
+    def _estimate(self, text: str, now: float) -> str:
+        counted = re.fullmatch(r"(.*?)(\d+)/(\d+)", text)
+        if counted is None or counted[1] != self.task:
+            self.task, self.start = counted[1] if counted else text, now
+            return ""
+        done, total = int(counted[2]), int(counted[3])
+        left = (now - self.start) * (total - done) / max(done, 1)
+        return f", about {left:.0f} s left" if left >= 1 else ""
 
 
 def _some(settings: dict[str, Any], *names: str) -> dict[str, Any]:

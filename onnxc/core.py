@@ -18,17 +18,24 @@ from onnxc.selectors import Selector
 from onnxc.targets import Target
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Key:
     """One statistic of one tensor.
 
     `what` is a row of `calib.observers.OBSERVERS`, or "drift" (see `Perturbs`); `axis` is the channel axis of a per-channel
-    statistic, or None for one over the whole tensor.
+    statistic, or None for one over the whole tensor. minus: the statistic is of the difference from
+    this tensor.
     """
 
     tensor: str
     what: str
     axis: int | None = None
+    minus: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What is observed, as a tensor name."""
+        return self.tensor if self.minus is None else f"{self.tensor} - {self.minus}"
 
 
 @dataclass(frozen=True)

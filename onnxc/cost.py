@@ -1,18 +1,13 @@
-"""What a model costs: bytes by type, parameters, and multiply-accumulates (MACs) from shapes.
+"""What a model costs: bytes by type, parameters, and multiply-accumulates (MACs) of one sample.
 
-    Conv            |Y| · |W| / M                 M: output channels, axis 0 of W
-    ConvTranspose   |X| · |W| / C                 C: input channels, axis 0 of W
-    Gemm, MatMul    |Y| · K                       K: the length that is summed over
-    LSTM, GRU, RNN  steps · batch · (|W| + |R|)
-
-|·| is the number of elements. A free dimension of the model's inputs counts as 1: MACs of one
-sample. A node whose shapes are unknown counts as unknown, never as 0.
+A free dimension of the model's inputs counts as 1. What can be compressed is what the quantizing
+passes say of each heavy node.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,13 +16,18 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from calib.data import InputSpec, synthesize
 from onnxc.errors import DataError, ModelError
 from onnxc.graph import Model, constants, copy, load, nbytes, opset, to_proto, walk
+from onnxc.integer import refusal
+from onnxc.macs import MACS, macs
+from onnxc.ops import knowledge, weight_of
 from onnxc.runtime import Runtime, run, session
 from onnxc.shapes import infer
+from onnxc.stored import source, why_no_source
+from onnxc.targets import Target, choose
 
 Shape = Sequence[int | str | None] | None
 Names = frozenset[str]
@@ -144,8 +144,18 @@ def type_name(dtype: Any) -> str:
 
 def quantized_as(graph: gs.Graph) -> str | None:
     """How a model is quantized already: "qdq", "qoperator", "dynamic", "weight-only", or None."""
-    ops = {node.op for inner in walk(graph) for node in inner.nodes}
-    return next((kind for kind, marks in _QUANTIZED.items() if ops & marks), None)
+    nodes = [node for inner in walk(graph) for node in inner.nodes]
+    ops = {node.op for node in nodes}
+    kind = next((kind for kind, marks in _QUANTIZED.items() if ops & marks), None)
+    return kind or ("weight-only" if any(map(_expands_codes, nodes)) else None)
+
+
+def _expands_codes(node: gs.Node) -> bool:
+    """Whether a node makes a float matrix of one that is stored in at most 8 bits."""
+    if node.op != "Cast" or not isinstance(node.inputs[0], gs.Constant):
+        return False
+    codes = node.inputs[0]
+    return len(codes.shape) >= 2 and type_name(codes.dtype) in ("int8", "uint8", "int4", "uint4")
 
 
 def free_dimensions(graph: gs.Graph) -> Names:
@@ -153,15 +163,19 @@ def free_dimensions(graph: gs.Graph) -> Names:
     return frozenset(d for t in graph.inputs for d in t.shape or () if isinstance(d, str))
 
 
-def heavy_nodes(graph: gs.Graph, free: Names = frozenset()) -> Iterator[HeavyNode]:
-    """Nodes with multiply-accumulates, nested bodies included, in graph order.
+def heavy_nodes(
+    graph: gs.Graph, free: Names = frozenset(), target: str = "auto"
+) -> Iterator[HeavyNode]:
+    """Nodes with multiply-accumulates or a table to look up, nested bodies included, in order.
 
-    free: names of dimensions that count as 1.
+    free: names of dimensions that count as 1. target: a row of TARGETS.
     """
-    folded = _foldable(graph)
-    for node in (n for inner in walk(graph) for n in inner.nodes if n.op in MACS):
+    row, folded, kind = choose(target), _foldable(graph), quantized_as(graph)
+    for node in (n for inner in walk(graph) for n in inner.nodes if _is_heavy(n)):
         weights = [w for w in node.inputs if isinstance(w, gs.Constant) and len(w.shape) >= 2]
-        can, reason = _verdict(node, folded)
+        can, reason = _verdict(node, row, folded)
+        if can and kind:
+            can, reason = False, f"the model is already quantized ({kind})"
         yield HeavyNode(
             name=node.name,
             op=node.op,
@@ -172,68 +186,6 @@ def heavy_nodes(graph: gs.Graph, free: Names = frozenset()) -> Iterator[HeavyNod
             reason=reason,
         )
 
-
-def macs(node: gs.Node, free: Names = frozenset()) -> int | None:
-    """Multiply-accumulates of a node; 0 for an op without any, None where shapes are unknown.
-
-    free: names of dimensions that count as 1.
-    """
-    rule = MACS.get(node.op)
-    if rule is None:
-        return 0
-    try:
-        return rule(node, free)
-    except _UnknownShapeError:
-        return None
-
-
-class _UnknownShapeError(Exception):
-    """A shape that a MAC rule needs is not known."""
-
-
-def _dims(tensors: Sequence[gs.Tensor], index: int, free: Names) -> list[int]:
-    shape = tensors[index].shape if index < len(tensors) else None
-    if shape is None:
-        raise _UnknownShapeError
-    dims = [1 if d in free else d for d in shape]
-    if not all(isinstance(d, int | np.integer) and d >= 0 for d in dims):
-        raise _UnknownShapeError
-    return [int(d) for d in dims]
-
-
-Rule = Callable[[gs.Node, Names], int]
-
-
-def _conv(weight: int) -> Rule:
-    return lambda node, free: (
-        prod(_dims(node.outputs, 0, free)) * prod(_dims(node.inputs, weight, free)[1:])
-    )
-
-
-def _conv_transpose(node: gs.Node, free: Names) -> int:
-    return prod(_dims(node.inputs, 0, free)) * prod(_dims(node.inputs, 1, free)[1:])
-
-
-def _product(node: gs.Node, free: Names) -> int:
-    """Gemm and MatMul: A is input 0, and its last axis is summed over unless it is transposed."""
-    axis = -2 if node.attrs.get("transA", 0) else -1
-    return prod(_dims(node.outputs, 0, free)) * _dims(node.inputs, 0, free)[axis]
-
-
-def _recurrent(node: gs.Node, free: Names) -> int:
-    x, w, r = (_dims(node.inputs, i, free) for i in range(3))
-    return prod(x[:-1]) * (prod(w) + prod(r))
-
-
-MACS: dict[str, Rule] = {
-    **dict.fromkeys(("Conv", "FusedConv", "ConvInteger"), _conv(1)),
-    "QLinearConv": _conv(3),
-    "ConvTranspose": _conv_transpose,
-    **dict.fromkeys(("Gemm", "FusedGemm", "QGemm"), _product),
-    **dict.fromkeys(("MatMul", "FusedMatMul", "QLinearMatMul", "MatMulInteger"), _product),
-    **dict.fromkeys(("MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"), _product),
-    **dict.fromkeys(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"), _recurrent),
-}
 
 _QUANTIZED: dict[str, frozenset[str]] = {
     "qoperator": frozenset(("QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd")),
@@ -251,31 +203,34 @@ _INTEGER = frozenset(op for marks in _QUANTIZED.values() for op in marks)
 
 FLOATS = frozenset(("float32", "float16", "float64", "bfloat16"))
 
-_WAYS: dict[str, str] = {
-    "RNN": "",
-    "LSTM": "int8 weights, activations quantized at run time",
-    "GRU": "int8 weights, activations quantized at run time",
-}
 
-
-def _verdict(node: gs.Node, folded: Names) -> tuple[bool, str]:
+def _verdict(node: gs.Node, target: Target, folded: Names) -> tuple[bool, str]:
     """Whether a heavy node can be compressed, and how or why not; folded: see `_foldable`."""
+    row = knowledge(node)
+    weight = (
+        None if row.weight is None or row.weight >= len(node.inputs) else node.inputs[row.weight]
+    )
     if node.op in _INTEGER:
         return False, "already integer"
-    way = _WAYS.get(node.op, "int8, or fewer bits for the weight alone")
-    if not way:
+    if weight is None:
         return False, f"no runtime has an integer kernel for {node.op}"
-    second = node.inputs[1] if len(node.inputs) > 1 else None
-    if isinstance(second, gs.Constant):
-        name = type_name(second.dtype)
-        return (True, way) if name in FLOATS else (False, f"its weight is {name}")
-    if second is not None and second.name in folded and "DequantizeLinear" not in _makers(second):
-        return True, f"{way}, after its weight is folded"
-    if second is not None and "DequantizeLinear" in _makers(second):
+    if "DequantizeLinear" in _makers(weight):
         return False, "already quantized (its weight is dequantized in the graph)"
-    if node.op == "MatMul":
-        return True, "int8 with calibration data (both inputs are activations)"
-    return False, "its weight is computed by the graph"
+    if weight.name in folded:
+        return True, "int8, after its weight is folded"
+    refused = refusal(node, target)
+    if not refused:
+        return True, "int8, activations too"
+    if source(weight)[0] is None:
+        return False, why_no_source(node, weight)
+    if node.op in target.dynamic:
+        return True, "int8, activations as they come"
+    return True, "weight alone in 8 or 4 bits" + (f" ({refused})" if row.role != "lookup" else "")
+
+
+def _is_heavy(node: gs.Node) -> bool:
+    is_table = knowledge(node).role == "lookup" and weight_of(node) is not None
+    return node.op in MACS or is_table
 
 
 def _makers(tensor: gs.Tensor) -> list[str]:

@@ -13,6 +13,7 @@ SQNR comes from the mean of their relative noise powers.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,16 @@ def compare(
     truth = dataset.labels if labels is None else labels
     if truth is not None and len(truth) != len(dataset):
         raise DataError(f"there are {len(truth)} labels for {len(dataset)} samples")
+    are_labels_checked = truth is None
     axes = sample_axes(dataset.inputs)
     tallies = {name: _Tally() for name in names}
     scores = _Scores()
     done, skipped = 0, set[str]()
     for feed in dataset.batches(batch):
         pair = [run(model, feed) for model in opened]
+        if truth is not None and not are_labels_checked:
+            check_labels(truth, pair[0])
+            are_labels_checked = True
         count = next((feed[n].shape[a] for n, a in axes.items() if a is not None), 1)
         for name in names:
             ref, out = (_numbers(outputs[name]) for outputs in pair)
@@ -125,6 +130,31 @@ def compare(
     agreement = next((f.agreement for f in fidelities.values() if f.agreement is not None), None)
     top1, top5, perplexity = scores.result()
     return Comparison(done, fidelities, agreement, top1, top5, perplexity, tuple(notes))
+
+
+def check_labels(labels: Array, outputs: Mapping[str, Any]) -> None:
+    """Raise DataError where labels are no classes of the first output that has classes.
+
+    labels: (N,) or (N, T) integers. outputs: of one run, by name.
+    """
+    scored = ((name, x) for name, value in outputs.items() if (x := _numbers(value)) is not None)
+    rows = ((n, _classes(x, labels.ndim == 1)) for n, x in scored if x.dtype.kind in "fV")
+    name, scores = next(((n, x) for n, x in rows if x.ndim >= 2 and x.shape[-1] > 1), ("", None))
+    if scores is None or not labels.size:
+        return
+    classes = scores.shape[-1]
+    if scores.ndim <= labels.ndim or scores.shape[1 : labels.ndim] < labels.shape[1:]:
+        raise DataError(
+            f"labels of shape {labels.shape} do not fit output {name!r} of shape {scores.shape}: "
+            "give one label a sample, or one a token"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        odd = low if low < 0 else high
+        raise DataError(
+            f"label {odd} is none of the {classes} classes (0 to {classes - 1}) of output "
+            f"{name!r}: correct the labels or leave them out"
+        )
 
 
 def _open(model: Model | Path | bytes, runtime: Runtime) -> ort.InferenceSession:

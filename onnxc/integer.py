@@ -12,7 +12,8 @@ import onnx_graphsurgeon as gs
 
 from onnxc.core import Context, Skip
 from onnxc.graph import constant, fresh, values
-from onnxc.numerics.affine import Grid, dequantize, quantize, weight_scales
+from onnxc.numerics import fixed
+from onnxc.numerics.affine import Array, Grid, dequantize, quantize, weight_scales
 from onnxc.ops import groups, is_constant, knowledge, weight_of
 from onnxc.targets import Target
 
@@ -36,6 +37,11 @@ def weight_axis(node: gs.Node, target: Target) -> int | None:
     if not target.per_channel or row.out_axis is None:
         return None
     return None if row.out_axis(node) != 0 and groups(node) > 1 else row.out_axis(node)
+
+
+def scales(weight: Array, axis: int | None, grid: Grid, pow2: bool) -> Array:
+    """Symmetric scales of a weight, powers of two or not."""
+    return fixed.weight_scales(weight, axis, grid) if pow2 else weight_scales(weight, axis, grid)
 
 
 def weighted_nodes(
@@ -68,7 +74,7 @@ def round_weights(
         assert weight is not None
         if (id(weight), axis) not in rounded:
             array = values(weight)
-            scale = weight_scales(array, axis, grid, pow2=pow2)
+            scale = scales(array, axis, grid, pow2)
             on_grid = dequantize(quantize(array, scale, 0, grid, axis), scale, 0, axis)
             name = fresh(graph, f"{weight.name}_rounded")
             rounded[id(weight), axis] = constant(name, on_grid.astype(array.dtype))

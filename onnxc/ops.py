@@ -35,7 +35,8 @@ class Op:
     out_axis, in_axis: axes of the weight's output and input channels, as functions of the node.
     y_axis: the channel axis of the output. homogeneous: f(s x) = s f(x) for each channel's s > 0.
     bounds: positions of the least and largest output. float_output: the integer kernel can return
-    float, so that its output needs no scale. fits: whether a node's attributes suit the integer kernel.
+    float, so that its output needs no scale. adds: the output is the sum of the data inputs.
+    fits: whether a node's attributes suit the integer kernel.
     """
 
     role: Role = "opaque"
@@ -48,6 +49,7 @@ class Op:
     homogeneous: bool = False
     bounds: tuple[int, ...] = ()
     float_output: bool = False
+    adds: bool = False
     fits: Callable[[gs.Node], bool] | None = None
 
 
@@ -95,7 +97,7 @@ OPS: dict[str, Op] = {
     "LSTM": Op("recurrent", weight=1),
     "GRU": Op("recurrent", weight=1),
     "Gather": Op("lookup", weight=0),
-    "Add": Op("sum", data=(0, 1), homogeneous=True),
+    "Add": Op("sum", data=(0, 1), homogeneous=True, adds=True),
     "Mul": Op("sum", data=(0, 1)),
     "Concat": Op("sum", data=()),
     "AveragePool": Op("sum", homogeneous=True),

@@ -147,6 +147,11 @@ def _documented(cls: type[Any], name: str) -> str:
     return " ".join(found[1].split()) if found else ""
 
 
+def names(cls: type[Any]) -> Collection[str]:
+    """The parameters that `from_fields` made of a dataclass."""
+    return recipe.keys(cls)
+
+
 def given(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
     """Those of the parameters that the user wrote on the command line."""
     return {
@@ -238,7 +243,10 @@ seed = click.option(
     "--seed", type=int, default=0, show_default=True, help="Of every random choice."
 )
 max_memory = click.option(
-    "--max-memory", type=amount, metavar="SIZE", help="Bound on calibration, such as 400MB."
+    "--max-memory",
+    type=amount,
+    metavar="SIZE",
+    help="Bound on the memory of calibration, such as 2GB. [default: 400MB, more for large models]",
 )
 recipes = group_of(
     click.option(

@@ -8,10 +8,12 @@ run once: what a step computed is the reference of the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx
 
 from calib.collect import collect
@@ -110,39 +112,52 @@ def prepare(
 class Calibration:
     """The data that passes may have statistics of, and what gathering them may take.
 
-    max_memory: bytes of the process, or None. sketch: samples for the statistics that settle early
-    (peaks, drift); ranges see all. notes: gets sentences for the report.
+    max_memory: bytes of the process, or None. notes: gets sentences for the report.
     """
 
     dataset: Dataset
     max_memory: int | None = None
     threads: int = 1
-    sketch: int = 205
     notes: list[str] = field(default_factory=list)
+    memo: dict[Any, dict[Key, Any]] = field(default_factory=dict, repr=False)
 
     def few(self) -> Dataset:
-        """At most `sketch` samples, evenly spread."""
+        """Evenly spread samples for statistics that settle early, peaks and drift."""
         count = len(self.dataset)
-        if count <= self.sketch:
+        feed = next(iter(self.dataset.batches(1)))
+        size = sum(np.size(x) for x in feed.values())
+        wanted = min(max(ENOUGH // max(size, 1), FEWEST), MOST)
+        if count <= wanted:
             return self.dataset
-        return self.dataset.subset([i * count // self.sketch for i in range(self.sketch)])
+        return self.dataset.subset([i * count // wanted for i in range(wanted)])
 
+
+FEWEST, MOST = 16, 128  # samples behind peaks and drift
+ENOUGH = 600_000  # input values behind them, where samples are small
 
 SETTLE_EARLY = frozenset({"peak", "mean"})
 
 
 def gather(
-    model: Model, pass_: Pass, context: Context, calibration: Calibration
+    model: Model,
+    pass_: Pass,
+    context: Context,
+    calibration: Calibration,
+    progress: Progress | None = None,
 ) -> dict[Key, Any]:
-    """The statistics that a pass wants of a model as it stands."""
-    wanted = sorted(set(pass_.wants(model.graph, context)))
+    """The statistics that a pass wants of a model as it stands.
+
+    progress: told "quantize: calibrating 16/80", and so on.
+    """
+    say = partial(_count, progress, pass_.name) if progress is not None else None
+    wanted = frozenset(pass_.wants(model.graph, context))
     stats: dict[Key, Any] = {}
     drifting = [key for key in wanted if key.what == "drift"]
     early = [key for key in wanted if key.what in SETTLE_EARLY]
     full = [key for key in wanted if key not in {*drifting, *early}]
     for keys, dataset in ((early, calibration.few()), (full, calibration.dataset)):
         if keys:
-            stats.update(_collect(model, keys, dataset, calibration))
+            stats.update(_collect(model, keys, dataset, calibration, say))
     if drifting and isinstance(pass_, Perturbs):
         current = copy(model)
         pass_.perturb(current.graph, context)
@@ -150,11 +165,19 @@ def gather(
     return stats
 
 
+def _count(progress: Progress, name: str, done: int, total: int) -> None:
+    progress(f"{name}: calibrating {done}/{total}")
+
+
 def _collect(
-    model: Model, keys: Sequence[Key], dataset: Dataset, calibration: Calibration
+    model: Model,
+    keys: Sequence[Key],
+    dataset: Dataset,
+    calibration: Calibration,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[Key, Any]:
     bound, threads = calibration.max_memory, calibration.threads
-    found = collect(model, keys, dataset, max_memory=bound, threads=threads)
+    found = collect(model, keys, dataset, max_memory=bound, threads=threads, progress=progress)
     calibration.notes.extend(note for note in found.notes if note not in calibration.notes)
     return dict(found.stats)
 
@@ -169,7 +192,7 @@ def _drift(
         list(axes),
         calibration.few(),
         axes,
-        samples=calibration.sketch,
+        samples=MOST,
         max_memory=calibration.max_memory,
         threads=calibration.threads,
         notes=calibration.notes,
@@ -184,15 +207,20 @@ def compress(
     calibration: Calibration,
     feed: Feed | None = None,
     progress: Progress | None = None,
+    last: Snapshot | None = None,
+    state: Hashable = None,
 ) -> list[Step]:
-    """Run passes on a model in place, each with the statistics of the model that it gets."""
+    """Run passes on a model in place, each with the statistics of the model that it gets.
+
+    last: the snapshot of the model as given, where there is one. state: see `gather`; it stands for
+    the model as given, so it serves one pass.
+    """
     steps: list[Step] = []
-    last: Snapshot | None = None
     for pass_ in passes:
         if progress is not None:
             progress(pass_.name)
         infer(model, feed)
-        stats = gather(model, pass_, context, calibration)
+        stats = gather(model, pass_, context, calibration, progress)
         now = replace(context, opset=opset(model.graph), stats=stats)
         step = apply_pass(model, pass_, now, feed, last)
         last = step.after or last

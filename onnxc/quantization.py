@@ -9,8 +9,7 @@ measured on it, or on validation data where the user gives some.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from calib.data import Dataset
@@ -18,9 +17,9 @@ from onnxc import search
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage, coverage
 from onnxc.core import Change, Context, Pass, Skip
-from onnxc.cost import file_bytes, quantized_as
-from onnxc.errors import DataError, ModelError, OptionError
-from onnxc.graph import Model, copy, opset, to_bytes, unfinite
+from onnxc.cost import quantized_as
+from onnxc.errors import ModelError, OptionError
+from onnxc.graph import Model, opset, unfinite
 from onnxc.pipeline import Calibration, Progress, Step, prepare
 from onnxc.runtime import Runtime
 from onnxc.selectors import Selector
@@ -29,7 +28,7 @@ from onnxc.targets import Target
 from passes.quantize import Ranges
 
 HELD_OUT = 0.2  # share of the samples that judge the result
-MOST_HELD_OUT = 64
+MOST_HELD_OUT = 32
 THREADS = 2  # of calibration
 
 
@@ -48,10 +47,26 @@ class QuantizeSettings:
     bits: Literal[4, 8, 16] = 8
     ranges: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def check_settings(settings: QuantizeSettings) -> None:
+    """Refuse settings that do not go together. Raises OptionError with one sentence."""
+    kind, bits = settings.format, settings.bits
+    if settings.scheme == "fixed" and kind not in ("auto", "qdq"):
+        raise OptionError(f"fixed point is written in standard operators, as qdq, not as {kind}")
+    if settings.scheme == "fixed" and bits == 4:
+        raise OptionError("fixed point has 8 or 16 bits; 4 bits are for --format weight-only")
+    if settings.scheme == "affine" and bits == 16:
+        raise OptionError("16 bits are for fixed point: add --scheme fixed, or take 8 bits")
+    if bits == 4 and kind not in ("auto", "weight-only"):
+        raise OptionError(f"4 bits are for weights alone: use --format weight-only, not {kind}")
+
 
 @dataclass(frozen=True)
 class Quantized:
-    """The chosen model with its proof."""
+    """The chosen model with its proof. way: name of the candidate. count: nodes quantized."""
 
     model: Model
     passes: tuple[Pass, ...]
@@ -63,6 +78,8 @@ class Quantized:
     before: Latency
     after: Latency
     ratio: Ratio
+    way: str
+    count: int
 
 
 def check_input(model: Model, path: str) -> None:
@@ -72,7 +89,9 @@ def check_input(model: Model, path: str) -> None:
         raise ModelError(f"{path} is already quantized ({kind}); it is left alone")
     bad = unfinite(model)
     if bad:
-        raise ModelError(f"{path}: weight {bad[0]!r} holds NaN or infinity; repair it and export again")
+        raise ModelError(
+            f"{path}: weight {bad[0]!r} holds NaN or infinity; repair it and export again"
+        )
 
 
 def split(dataset: Dataset) -> tuple[Dataset, Dataset]:
@@ -84,6 +103,57 @@ def split(dataset: Dataset) -> tuple[Dataset, Dataset]:
     held = [i for i in range(count) if i % step == step - 1] or [count - 1]
     kept = [i for i in range(count) if i not in set(held)]
     return dataset.subset(kept), dataset.subset(held)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Every way of quantizing a model that is worth trying, carried out.
+
+    prepared: what was done before, the same for all. ways: passes by name.
+    """
+
+    prepared: tuple[Step, ...]
+    ways: Mapping[str, tuple[Pass, ...]]
+    built: Mapping[str, search.Built]
+
+    def results(self, name: str) -> tuple[tuple[Change, ...], tuple[Skip, ...]]:
+        """What was changed and what was left alone on one way, preparation included."""
+        return _results((*self.prepared, *self.built[name][1]))
+
+    def quantized(self, name: str) -> tuple[Change, ...]:
+        """The changes that quantize nodes on one way."""
+        steps = (step for step in self.built[name][1] if _is_quantizing(step))
+        return tuple(change for step in steps for change in step.changes)
+
+
+def attempt(
+    model: Model,
+    calibration: Calibration,
+    feed: Mapping[str, Any],
+    target: Target,
+    settings: QuantizeSettings = QuantizeSettings(),
+    only: Selector = Selector(),
+    passes: Sequence[Pass] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Attempt:
+    """Build the candidates that fit `settings`, or the one of given passes; measure nothing.
+
+    The model is prepared in place; each candidate is another one.
+    """
+    prepared = prepare(model, feed, progress=progress)
+    infer(model, feed)
+    context = Context(opset(model.graph), target, seed=seed, only=only)
+    ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
+    ways = (
+        {"recipe": tuple(passes)}
+        if passes
+        else search.candidates(
+            model, context, settings.format, ranges, settings.bits, settings.scheme == "fixed"
+        )
+    )
+    built = search.build(model, ways, context, calibration, feed, progress)
+    return Attempt(tuple(prepared), ways, built)
 
 
 def quantize_model(
@@ -103,49 +173,54 @@ def quantize_model(
     The model is prepared in place; the result is another one. judge: samples that no statistic saw.
     """
     feed = next(iter(judge.batches(1)))
-    prepared = prepare(model, feed, progress=progress)
-    infer(model, feed)
-    context = Context(opset(model.graph), target, seed=seed, only=only)
-    ranges: Ranges = "mse" if settings.ranges == "auto" else settings.ranges
-    ways = (
-        {"recipe": tuple(passes)}
-        if passes
-        else search.candidates(
-            model, context, settings.format, ranges, settings.bits, settings.scheme == "fixed"
-        )
-    )
-    built = {
-        name: search.build(model, way, context, calibration, feed, progress)
-        for name, way in ways.items()
-    }
+    tried = attempt(model, calibration, feed, target, settings, only, passes, seed, progress)
     if progress is not None:
         progress("measuring")
-    found, latency = search.trials(model, built, judge, runtime)
+    found, latency = search.trials(model, tried.built, judge, runtime)
     chosen = search.best(found)
-    steps = (*prepared, *chosen.steps)
-    changes, skips = _results(steps)
-    tried = tuple(f"tried {t.summary}" for t in found) if len(found) > 1 else ()
+    changes, skips = tried.results(chosen.name)
+    steps = (*tried.prepared, *chosen.steps)
     failed = tuple(f"{s.name} was undone: {p}" for s in steps for p in s.problems)
     return Quantized(
         chosen.model,
-        ways[chosen.name],
+        tried.ways[chosen.name],
         changes,
         skips,
-        (*tried, *failed, *calibration.notes),
+        (*_choice(found, chosen), *failed, *calibration.notes),
         chosen.comparison,
         coverage(chosen.model, runtime),
         latency,
         chosen.latency,
         chosen.ratio,
+        chosen.name,
+        len({change.node for change in tried.quantized(chosen.name)}),
     )
 
 
+def _choice(found: Sequence[search.Trial], chosen: search.Trial) -> tuple[str, ...]:
+    """One sentence on what was measured, where there was a choice."""
+    if len(found) < 2:
+        return ()
+    tried = "; ".join(trial.summary for trial in found)
+    return (f"chose {chosen.name} by measurement: {tried}",)
+
+
 def _results(steps: Sequence[Step]) -> tuple[tuple[Change, ...], tuple[Skip, ...]]:
-    """All changes, and what was skipped, but for nodes that one way of quantizing left to another."""
+    """All changes, and what was skipped, but for nodes that one pass left to another."""
     changes = tuple(change for step in steps for change in step.changes)
-    quantizing = [step for step in steps if step.name.startswith("quantize")]
-    done = {change.node for step in quantizing for change in step.changes}
+    done = _quantized_nodes(steps)
     skips = [
-        skip for step in steps for skip in step.skips if step not in quantizing or skip.node not in done
+        skip
+        for step in steps
+        for skip in step.skips
+        if not (_is_quantizing(step) and skip.node in done)
     ]
     return changes, tuple(dict.fromkeys(skips))
+
+
+def _quantized_nodes(steps: Sequence[Step]) -> set[str]:
+    return {change.node for step in steps if _is_quantizing(step) for change in step.changes}
+
+
+def _is_quantizing(step: Step) -> bool:
+    return step.name.startswith("quantize")

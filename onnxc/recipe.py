@@ -27,8 +27,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -48,9 +48,13 @@ TOP_KEYS = ("seed", "include", "exclude", "target", "calibration", "pass")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Table [calibration]: which data the statistics come from. max_memory is in bytes."""
+    """Table [calibration]: which data the statistics come from, and which judge the result.
+
+    Without val, a part of the data judges, and no statistic sees it. max_memory is in bytes.
+    """
 
     data: str | None = None
+    val: str | None = None
     samples: int | None = None
     max_memory: int | None = None
     preprocess: Preprocess = field(default_factory=Preprocess)
@@ -113,6 +117,53 @@ def dump(recipe: Recipe) -> str:
     tables.append(("[calibration]", dict(settings(recipe.calibration))))
     tables += [("[[pass]]", {"name": p.name, **dict(settings(p))}) for p in recipe.passes]
     return "\n".join(_to_text(header, table) for header, table in tables if table)
+
+
+def override(
+    recipe: Recipe,
+    *,
+    seed: int | None = None,
+    target: str | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    preprocess: Preprocess | None = None,
+    **calibration: Any,
+) -> Recipe:
+    """A recipe with the keys replaced that are given, those of a Preprocess one by one.
+
+    calibration: keys of [calibration]. Raises OptionError for a pattern that makes no sense.
+    """
+    given = {k: v for k, v in calibration.items() if v is not None}
+    images = {k: v for k, v in settings(preprocess or Preprocess()) if v is not None}
+    merged = replace(recipe.calibration.preprocess, **images)
+    only = recipe.only if include is None else replace(recipe.only, include=tuple(include))
+    only = only if exclude is None else replace(only, exclude=tuple(exclude))
+    return replace(
+        recipe,
+        seed=recipe.seed if seed is None else seed,
+        target=recipe.target if target is None else target,
+        only=Selector.parse(only.include, only.exclude),
+        calibration=replace(recipe.calibration, preprocess=merged, **given),
+    )
+
+
+def adjust(planned: Iterable[Pass], given: Mapping[str, Any]) -> tuple[Pass, ...]:
+    """Passes with keys replaced wherever they take the value.
+
+    Raises OptionError for a key that no pass has, or a value that none takes.
+    """
+    adjusted = tuple(planned)
+    for key, value in given.items():
+        owners = [p for p in adjusted if key in keys(type(p))]
+        takers = [p for p in owners if read_as(value, keys(type(p))[key])[0]]
+        if not takers:
+            why = f"takes {key} = {value!r}" if owners else f"has the key {key!r}"
+            raise OptionError(f"no pass of the recipe {why}; change the recipe instead")
+        adjusted = tuple(
+            _construct(type(p), {**dict(settings(p)), key: value}) if p in takers else p
+            for p in adjusted
+        )
+    return adjusted
 
 
 def settings(instance: Any) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,8 @@
     static        Q/DQ pairs, ranges from calibration: convolutions gain most from it
     mixed         static convolutions, other heavy nodes quantized on the fly
     dynamic       activations quantized on the fly, for MatMul, Gemm and LSTM
-    weight-only   int8 weights in the file, float arithmetic: never slower, always smaller
+    weight-only   int8 or int4 weights in the file, float arithmetic: always smaller
+    fixed         static with scales that are powers of two
 
 Each candidate is built, run on held-out samples and timed in turn with the float model. Of those
 whose output keeps FLOOR dB, the fastest wins; within TIE of it, the more exact one.
@@ -30,6 +31,8 @@ from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
 from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_weights import QuantizeWeights
+from passes.to_qoperator import ToQOperator
+from passes.upgrade_opset import UpgradeOpset
 
 Format = Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"]
 
@@ -37,6 +40,10 @@ FLOOR = 15.0  # dB of output SQNR below which a candidate is no longer the same 
 TIE = 0.03  # speeds within this share are one speed on a shared machine
 Built = tuple[Model, tuple[Step, ...]]
 
+BLOCK: Literal[32] = 32  # values that share a scale of 4-bit weights
+WIDE_OPSET = 21  # of integers of 4 and 16 bits in standard operators
+
+AUTO_RANGES: tuple[Ranges, ...] = ("mse", "minmax")
 MINOR = 0.1  # share of the MACs below which MatMul and Gemm do not decide how to quantize
 
 
@@ -60,31 +67,59 @@ def candidates(
     model: Model,
     context: Context,
     format_: Format,
-    ranges: Ranges,
+    ranges: Ranges | None = None,
     bits: int = 8,
     pow2: bool = False,
 ) -> dict[str, tuple[Pass, ...]]:
-    """The ways worth trying for a model, by name, in the order of preference."""
+    """The ways worth trying for a model, by name. ranges: None tries AUTO_RANGES."""
+    first, *others = AUTO_RANGES if ranges is None else (ranges,)
+    if pow2:
+        return {"fixed": _fixed(ranges, bits)}
+    if bits == 4:
+        return _four_bits(model, context)
     weights = QuantizeWeights()
-    static: tuple[Pass, ...] = (
-        Equalize(),
-        CorrectBias(power_of_two=pow2),
-        Quantize(ranges=ranges, power_of_two=pow2),
-    )
+    integers: tuple[Pass, ...] = (ToQOperator(),) if format_ == "qoperator" else ()
+    start: tuple[Pass, ...] = (Equalize(), CorrectBias())
     convolutions = _operators(model, context, channels=True)
     mixed = (
         Equalize(),
         CorrectBias(ops=convolutions),
-        Quantize(ranges=ranges, ops=convolutions),
+        Quantize(ranges=first, ops=convolutions),
         QuantizeDynamic(),
     )
     ways: dict[str, tuple[Pass, ...]] = {
-        "static": (*static, weights),
+        "static": (*start, Quantize(ranges=first), *integers, weights),
         "mixed": (*mixed, weights),
         "dynamic": (QuantizeDynamic(), weights),
         "weight-only": (weights,),
     }
-    return {name: ways[name] for name in _worth_trying(model, context, format_)}
+    found = {name: ways[name] for name in _worth_trying(model, context, format_)}
+    if "static" in found:
+        for rule in others:
+            found[f"static, {rule}"] = (*start, Quantize(ranges=rule), *integers, weights)
+    return found
+
+
+def _fixed(ranges: Ranges | None, bits: int) -> tuple[Pass, ...]:
+    """Fixed point. 16 bits round so little that clipping or moving weights only costs."""
+    if bits == 16:
+        ranges = ranges or "minmax"
+        wide = Quantize(ranges=ranges, bits=16, activation_bits=16, power_of_two=True)
+        return (UpgradeOpset(WIDE_OPSET), wide)
+    narrow = Quantize(ranges=ranges or AUTO_RANGES[0], power_of_two=True)
+    return (Equalize(), CorrectBias(power_of_two=True), narrow)
+
+
+def _four_bits(model: Model, context: Context) -> dict[str, tuple[Pass, ...]]:
+    """Weights of 4 bits in blocks, expanded at load or multiplied as they are."""
+    upgrade = UpgradeOpset(WIDE_OPSET)
+    ways: dict[str, tuple[Pass, ...]] = {
+        "weight-only": (upgrade, QuantizeWeights(bits=4, block=BLOCK)),
+        "MatMulNBits": (upgrade, QuantizeWeights(bits=4, block=BLOCK, form="matmulnbits")),
+    }
+    if not _operators(model, context, channels=False):
+        del ways["MatMulNBits"]
+    return ways
 
 
 def _worth_trying(model: Model, context: Context, format_: Format) -> tuple[str, ...]:
@@ -119,15 +154,26 @@ def _share(model: Model, ops: tuple[str, ...]) -> float:
 
 def build(
     model: Model,
-    passes: Iterable[Pass],
+    ways: Mapping[str, tuple[Pass, ...]],
     context: Context,
     calibration: Calibration,
     feed: Mapping[str, Any],
     progress: Progress | None = None,
-) -> Built:
-    """A candidate's model, made from a copy, and what each pass did."""
-    result = copy(model)
-    return result, tuple(compress(result, passes, context, calibration, feed, progress))
+) -> dict[str, Built]:
+    """Each candidate's model and what each pass did; what candidates begin with is done once."""
+    made: dict[tuple[Pass, ...], Built] = {(): (model, ())}
+    for passes in ways.values():
+        for count, pass_ in enumerate(passes, 1):
+            path, start = passes[:count], passes[: count - 1]
+            if path in made:
+                continue
+            before, steps = made[start]
+            result, last = copy(before), steps[-1].after if steps else None
+            step = compress(
+                result, [pass_], context, calibration, feed, progress, last, state=start
+            )
+            made[path] = result, (*steps, *step)
+    return {name: made[passes] for name, passes in ways.items()}
 
 
 def trials(
@@ -157,5 +203,5 @@ def best(found: Iterable[Trial]) -> Trial:
     if not kept:
         return max(tried, key=lambda t: t.comparison.sqnr)
     fastest = max(t.ratio.median for t in kept)
-    tied = [t for t in kept if t.ratio.median >= (1 - TIE) * fastest]
+    tied = [t for t in kept if t.ratio.high >= (1 - TIE) * fastest]
     return max(tied, key=lambda t: t.comparison.sqnr)

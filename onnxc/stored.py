@@ -41,7 +41,10 @@ def why_no_source(node: gs.Node, tensor: gs.Tensor) -> str:
         return f"its weight {tensor.name} is not a float matrix"
     if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear":
         return "is quantized already"
-    return "multiplies two activations" if node.op == "MatMul" else "its weight is computed"
+    if node.op != "MatMul":
+        return "its weight is computed"
+    is_first = source(node.inputs[0])[0] is not None
+    return "its weight is the first operand" if is_first else "multiplies two activations"
 
 
 @dataclass
@@ -84,7 +87,7 @@ class Writing:
         attrs = {"axis": axis, "block_size": block}
         if count == 1 and codes.ndim == 2:
             attrs, scales = {"axis": 1 - axis}, scales.reshape(-1)
-            if self.tensor.shape[0] == len(codes):
+            if axis == 1 and self.tensor.shape[0] == outer:
                 codes = codes.reshape(self.tensor.shape)
         inputs = [self._keep("q", codes), self._keep("scale", scales.astype(self.tensor.dtype))]
         nodes = [self._node("DequantizeLinear", inputs, **attrs)]

@@ -21,14 +21,24 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from calib.ranges import choose
+from calib.observers import HistogramObserver
+from calib.ranges import choose, squared_error
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.graph import captured, constant, fresh, nbytes, opset, replace_uses, values
-from onnxc.integer import activation_grid, refused_nodes, weight_axis, weight_grid, weighted_nodes
-from onnxc.numerics.affine import bias_guard, parameters, power_of_two, quantize, weight_scales
+from onnxc.integer import (
+    activation_grid,
+    refused_nodes,
+    scales,
+    weight_axis,
+    weight_grid,
+    weighted_nodes,
+)
+from onnxc.numerics import fixed
+from onnxc.numerics.affine import Grid, bias_guard, parameters, quantize
 from onnxc.ops import data_inputs, is_constant, knowledge, weight_of
 
 Ranges = Literal["minmax", "percentile", "entropy", "mse"]
+WIDE_OPSET = 21  # the first whose Q/DQ take 16 bits
 
 
 @dataclass
@@ -43,6 +53,28 @@ class Placement:
         while self.scale_of.get(name, name) != name:
             name = self.scale_of[name]
         return name
+
+    def keys(self) -> dict[str, Key]:
+        """The statistic that settles the range of each root."""
+        roots = {name: self.root(name) for name in self.tensors}
+        shared = {root for name, root in roots.items() if name != root}
+        integer = {id(node) for node in self.integer}
+        return {root: self._key(root, shared, integer) for root in roots.values()}
+
+    def _key(self, root: str, shared: set[str], integer: set[int]) -> Key:
+        """That of its values x, or where an Add and a clamp f alone read them, of f(x + s) − s.
+
+        s is the other summand: a value counts no further than they let it through.
+        """
+        tensor = self.tensors[root]
+        if root in shared or len(tensor.outputs) != 1 or id(tensor.outputs[0]) not in integer:
+            return Key(root, "histogram")
+        reader = tensor.outputs[0]
+        others = [t for t in data_inputs(reader) if t is not tensor]
+        behind = behind_activation(reader.outputs[0], set())
+        if not knowledge(reader).adds or len(others) != 1 or behind is reader.outputs[0]:
+            return Key(root, "histogram")
+        return Key(behind.name, "histogram", minus=others[0].name)
 
     def add(self, tensor: gs.Tensor, scale_of: gs.Tensor | None = None) -> None:
         if tensor.name not in self.tensors:
@@ -72,22 +104,26 @@ class Quantize:
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         placement = self._placement(graph, context)
-        return {_key(placement.root(name)) for name in placement.tensors}
+        return placement.keys().values()
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         placement = self._placement(graph, context)
         skips: list[Change | Skip] = list(refused_nodes(graph, context, self.ops))
+        if self._is_too_old(context):
+            reason = f"16 bits need opset {WIDE_OPSET}, and the model has {context.opset}"
+            skips += [Skip(n.name, reason) for n in weighted_nodes(graph, context, self.ops)]
         if not placement.integer:
             return skips
         writer = _Writer(graph, context, self, placement)
         return [*writer.write(), *skips]
 
     def _placement(self, graph: gs.Graph, context: Context) -> Placement:
+        if self._is_too_old(context):
+            return Placement()
         return place(graph, context, self.spread, self.ops)
 
-
-def _key(tensor: str) -> Key:
-    return Key(tensor, "histogram")
+    def _is_too_old(self, context: Context) -> bool:
+        return max(self.bits, self.activation_bits) > 8 and context.opset < WIDE_OPSET
 
 
 def place(
@@ -154,6 +190,28 @@ def behind_activation(tensor: gs.Tensor, pinned: set[str]) -> gs.Tensor:
     return tensor
 
 
+def _fixed_point(
+    observed: HistogramObserver, settings: Quantize, symmetric: bool
+) -> tuple[np.float32, np.generic]:
+    """A scale that is a power of two and a zero point of 0; unsigned where nothing is negative.
+
+    Of the powers around the scale of the chosen range the one of lesser squared error; the greater
+    one for min-max ranges, which must not clip.
+    """
+    is_signed = symmetric or float(np.min(observed.low)) < 0
+    grid = Grid(settings.activation_bits, signed=is_signed)
+    low, high = choose(observed, settings.ranges, grid.width, is_signed)
+    scale, zero = parameters(low, high, grid, symmetric=True)
+    if settings.ranges == "minmax":
+        return np.float32(fixed.power_of_two(float(scale))), zero
+
+    def error(scales: np.ndarray) -> np.ndarray:
+        middle = np.full(scales.shape, float(zero) - grid.low)
+        return squared_error(observed, scales, middle, 2**grid.width)
+
+    return np.float32(fixed.closest(np.array([scale]), error)[0]), zero
+
+
 class _Writer:
     """Writes the Q/DQ pairs of one placement into a graph."""
 
@@ -170,6 +228,7 @@ class _Writer:
 
     def write(self) -> list[Change | Skip]:
         changes: list[Change | Skip] = []
+        self.keys = self.placement.keys()
         for name in self.placement.tensors:
             self._choose(self.placement.root(name))
         for node in self.placement.integer:
@@ -188,11 +247,12 @@ class _Writer:
             return
         grid = activation_grid(self.context.target, self.settings.activation_bits)
         symmetric = self.context.target.symmetric
-        observed = self.context.stats[_key(root)]
+        observed = self.context.stats[self.keys[root]]
+        if self.settings.power_of_two:
+            self.scales[root] = _fixed_point(observed, self.settings, symmetric)
+            return
         low, high = choose(observed, self.settings.ranges, grid.width, symmetric)
-        self.scales[root] = parameters(
-            low, high, grid, symmetric=symmetric, pow2=self.settings.power_of_two
-        )
+        self.scales[root] = parameters(low, high, grid, symmetric=symmetric)
 
     def _scale(self, name: str) -> tuple[np.float32, np.generic]:
         return self.scales[self.placement.root(name)]
@@ -207,18 +267,32 @@ class _Writer:
         self._bias(node, scale)
         bits = self.settings.bits
         what = f"int{bits} weights, {channels} scale{'s' if channels > 1 else ''}"
+        if self.settings.power_of_two:
+            what = self._formats(node, scale)
         return Change(node.name, what, before, size * bits // 8 + 4 * channels)
+
+    def _formats(self, node: gs.Node, scale: np.ndarray) -> str:
+        """Fixed-point formats of what a node reads, multiplies by and makes."""
+        made = behind_activation(node.outputs[0], set(self.placement.tensors)).name
+        x, y = (self._format(t) for t in (node.inputs[0].name, made))
+        return f"{x} · {fixed.name(scale, self.settings.bits, True)} -> {y}"
+
+    def _format(self, tensor: str) -> str:
+        if tensor not in self.placement.tensors:
+            return "float"
+        scale, zero = self._scale(tensor)
+        return fixed.name(float(scale), self.settings.activation_bits, zero.dtype.kind == "i")
 
     def _weight(self, node: gs.Node, weight: gs.Constant) -> np.ndarray:
         """Replace the weight by DQ(integers); returns the scales (channels,) or ()."""
         grid = weight_grid(self.context.target, self.settings.bits)
         axis, array = weight_axis(node, self.context.target), values(weight)
-        scale = weight_scales(array, axis, grid, pow2=self.settings.power_of_two)
+        scale = scales(array, axis, grid, self.settings.power_of_two)
         bias = self._bias_of(node)
         if bias is not None:
             s_x, _ = self._scale(node.inputs[0].name)
             guarded = bias_guard(bias if axis is not None else np.abs(bias).max(), s_x, scale)
-            scale = power_of_two(guarded).astype(np.float32) if self.settings.power_of_two else guarded
+            scale = fixed.power_of_two(guarded).astype(np.float32) if self.settings.power_of_two else guarded
         key = (id(weight), axis, scale.tobytes())
         if key not in self.weights:
             q = quantize(array, scale, 0, grid, axis)

@@ -34,9 +34,11 @@ from onnxc.stored import Writing, source, why_no_source
 
 Names = frozenset[str]
 
-POSITIONS = {"LSTM": (1, 2), "GRU": (1, 2)}  # of weights, where a node has several
+POSITIONS = dict.fromkeys(("LSTM", "GRU", "RNN"), (1, 2))  # of weights, where there are several
 PRODUCTS = ("MatMul", "Gemm")
+STANDARD = (None, "", "ai.onnx")
 AXIS_OPSET, HALF_OPSET, BLOCK_OPSET = 13, 19, 21  # of DequantizeLinear; the last also of int4
+SHORTEST = 4  # values that share a scale
 
 
 class RefusalError(Exception):
@@ -67,9 +69,9 @@ class Weight:
 
     @property
     def summed(self) -> tuple[int, int]:
-        """Axes [start, stop) that a value of the first reader's output is summed over."""
+        """Axes [start, stop) that share a scale; the first reader sums over them, mostly."""
         use = self.uses[0]
-        start, stop = SUMMED[use.node.op](use.node, len(self.tensor.shape))
+        start, stop = SUMMED[use.node.op](use, len(self.tensor.shape))
         return (1 - start, 2 - start) if use.turn else (start, stop)
 
     @property
@@ -134,6 +136,8 @@ class QuantizeWeights:
         size = nbytes(weight.tensor)
         if size < self.smallest:
             raise RefusalError(f"its weight has {size} bytes, fewer than {self.smallest}")
+        if weight.view[1] < SHORTEST:
+            raise RefusalError("scales would cost what its weight saves")
         needed = self._opset(weight)
         if opset < needed:
             raise RefusalError(f"needs opset {needed}, and the model has {opset}")
@@ -207,11 +211,13 @@ def _weights(graph: gs.Graph) -> list[Weight]:
 
 
 def _positions(node: gs.Node) -> tuple[int, ...]:
-    """Where a node has weights."""
-    row = knowledge(node)
-    if row.weight is None or node.op not in SUMMED:
+    """Where a node has weights; a MatMul may have its weight first."""
+    if node.domain not in STANDARD or node.op not in SUMMED:
         return ()
-    return tuple(p for p in POSITIONS.get(node.op, (row.weight,)) if p < len(node.inputs))
+    row = knowledge(node)
+    is_first = node.op == "MatMul" and source(node.inputs[1])[0] is None
+    single = (0,) if is_first and source(node.inputs[0])[0] is not None else (row.weight or 0,)
+    return tuple(p for p in POSITIONS.get(node.op, single) if p < len(node.inputs))
 
 
 def _without_weight(graph: gs.Graph) -> Iterator[Skip]:
@@ -234,22 +240,24 @@ def _is_plain(use: Use) -> bool:
     return is_second and not (is_scaled or is_vector or node.attrs.get("transA", 0))
 
 
-def _of_gather(node: gs.Node, rank: int) -> tuple[int, int]:
+def _of_gather(use: Use, rank: int) -> tuple[int, int]:
     """A scale for each index: the axes behind the one that is looked up, or those before."""
-    axis = int(node.attrs.get("axis", 0)) % rank
+    axis = int(use.node.attrs.get("axis", 0)) % rank
     return (axis + 1, rank) if axis + 1 < rank else (0, axis)
 
 
-def _of_gemm(node: gs.Node, rank: int) -> tuple[int, int]:
-    return (1, 2) if node.attrs.get("transB", 0) else (0, 1)
+def _of_gemm(use: Use, rank: int) -> tuple[int, int]:
+    return (1, 2) if use.node.attrs.get("transB", 0) else (0, 1)
 
 
-SUMMED: dict[str, Callable[[gs.Node, int], tuple[int, int]]] = {
-    "Conv": lambda node, rank: (1, rank),
-    "ConvTranspose": lambda node, rank: (0, 1),
+def _of_matmul(use: Use, rank: int) -> tuple[int, int]:
+    return (rank - 2, rank - 1) if use.position else (rank - 1, rank)
+
+
+SUMMED: dict[str, Callable[[Use, int], tuple[int, int]]] = {
+    **dict.fromkeys(("Conv", "ConvTranspose"), lambda use, rank: (1, rank)),
     "Gemm": _of_gemm,
-    "MatMul": lambda node, rank: (rank - 2, rank - 1),
-    "LSTM": lambda node, rank: (rank - 1, rank),
-    "GRU": lambda node, rank: (rank - 1, rank),
+    "MatMul": _of_matmul,
+    **dict.fromkeys(POSITIONS, lambda use, rank: (rank - 1, rank)),
     "Gather": _of_gather,
 }

@@ -16,13 +16,14 @@ import pytest
 
 import onnxc
 from calib import merge
-from onnxc import api, options
+from onnxc import api, options, vectors
 from onnxc.cli import run
+from onnxc.commands import Watch
 from onnxc.core import Key
 from onnxc.errors import OptionError
 from onnxc.graph import load
 from onnxc.recipe import Recipe, dump
-from onnxc.report import Measure, Report
+from onnxc.report import Effect, Measure, Preview, Report
 from onnxc.runtime import LEVELS, Runtime, session
 
 COMMANDS = ["inspect", "quantize", "validate", "bench", "calibrate"]
@@ -140,7 +141,7 @@ def test_saved_vectors_hold_the_outputs_of_the_reference(
     assert call("validate", model, other, "--data", samples, "--save-vectors", folder) == 0
     assert (folder / "model.onnx").read_bytes() == other.read_bytes()
     sets = sorted(folder.glob("test_data_set_*"))
-    assert len(sets) == api.VECTORS
+    assert len(sets) == vectors.SETS
     x, y = (tensor(sets[0] / f"{side}_0.pb") for side in ("input", "output"))
     (expected,) = session(model).run(None, {"x": x})
     np.testing.assert_allclose(y, expected, rtol=1e-6)
@@ -164,7 +165,7 @@ def test_interrupted_vectors_leave_nothing(model: Path, samples: Path, monkeypat
         raise KeyboardInterrupt
 
     before = sorted(model.parent.iterdir())
-    monkeypatch.setattr(api, "_write_tensors", interrupt)
+    monkeypatch.setattr(vectors, "_write_tensors", interrupt)
     folder = model.parent / "vectors"
     assert call("validate", model, model, "--data", samples, "--save-vectors", folder) == 130
     assert sorted(model.parent.iterdir()) == before
@@ -282,7 +283,7 @@ def test_interruption(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
 
     monkeypatch.setattr(api, "inspect", interrupt)
     assert call("inspect", model) == 130
-    assert capsys.readouterr().err.strip() == "Interrupted; nothing was written."
+    assert capsys.readouterr().err.strip() == "Interrupted; no partial file was left."
 
 
 @pytest.mark.parametrize(
@@ -321,7 +322,7 @@ def test_quantize_passes_its_options_on(asked: dict[str, Any], tmp_path: Path) -
     arguments = "quantize m.onnx --data d --val v --samples 9 -o o.onnx --preset imagenet "
     arguments += "--resize none --mean 0.1,0.2,0.3 --scale 1/255 --size 240x320 --bits 4 "
     arguments += "--format weight-only --ranges mse --include /a/* --include op:Conv --exclude b "
-    arguments += "--max-memory 1.5GB --threads 2 --level basic --seed 3 --dry-run --strict"
+    arguments += "--max-memory 1.5GB --threads 2 --level basic --seed 3 --strict"
     assert call(*arguments.split()) == 0
     assert asked["model"] == Path("m.onnx")
     assert asked["output"] == Path("o.onnx")
@@ -335,8 +336,35 @@ def test_quantize_passes_its_options_on(asked: dict[str, Any], tmp_path: Path) -
     assert (asked["include"], asked["exclude"]) == (("/a/*", "op:Conv"), ("b",))
     assert asked["max_memory"] == 1_500_000_000
     assert asked["runtime"] == Runtime(threads=2, level="basic")
-    assert asked["dry_run"] is True
     assert asked["strict"] is True
+
+
+def test_a_dry_run_asks_for_a_preview(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    heard: dict[str, Any] = {}
+
+    def preview(model: Any, **settings: Any) -> Preview:
+        heard.update(settings)
+        return Preview("m.onnx", "o.onnx", "x86", (), {"static": Effect((), (), ())})
+
+    monkeypatch.setattr(api, "preview", preview)
+    assert call("quantize", "m.onnx", "--dry-run", "--exclude", "/a", "--samples", 3) == 0
+    assert (heard["exclude"], heard["samples"]) == (("/a",), 3)
+    assert "not written" in capsys.readouterr().out
+
+
+def test_a_counted_progress_gets_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    clock = iter([0.0, 10.0, 15.0, 16.0])
+    monkeypatch.setattr("onnxc.commands.time.monotonic", lambda: next(clock))
+    watch = Watch(shown.append)
+    for text in ("calibrating 0/40", "calibrating 10/40", "calibrating 40/40", "timing"):
+        watch(text)
+    assert shown == [
+        "calibrating 0/40",
+        "calibrating 10/40, about 30 s left",
+        "calibrating 40/40",
+        "timing",
+    ]
 
 
 def test_quantize_without_options_asks_for_the_defaults(asked: dict[str, Any]) -> None:

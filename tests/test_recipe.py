@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from calib.data import Preprocess
 from onnxc.core import PASSES
 from onnxc.errors import OptionError
-from onnxc.recipe import Calibration, Recipe, dump, load, loads
+from onnxc.recipe import Calibration, Recipe, adjust, dump, load, loads, override
 from onnxc.selectors import Selector
 
 
@@ -167,6 +167,32 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(OptionError, match="UTF-8"):
         load(path)
+
+
+def test_given_keys_go_before_those_of_the_recipe() -> None:
+    images = Preprocess(resize="256", mean=(0.5,))
+    merged = override(FULL, seed=1, include=["/x"], preprocess=images, samples=3, data=None)
+    assert (merged.seed, merged.target) == (1, "portable")
+    assert merged.only == Selector(("/x",), ("/b..c",))
+    assert merged.calibration.data == "calib"
+    assert merged.calibration.samples == 3
+    expected = Preprocess(preset="imagenet", resize="256", size=(240, 320), mean=(0.5,))
+    assert merged.calibration.preprocess == expected
+    assert merged.passes == FULL.passes
+    assert override(FULL) == FULL
+
+
+def test_given_keys_change_the_passes_that_take_them() -> None:
+    planned = (Sample(bits=4), Sample(count=1))
+    assert adjust(planned, {"count": 7}) == (Sample(bits=4, count=7), Sample(count=7))
+    assert adjust(planned, {"step": 2.0}) == (
+        Sample(bits=4, grid=Grid(2.0)),
+        Sample(count=1, grid=Grid(2.0)),
+    )
+    with pytest.raises(OptionError, match="no pass of the recipe takes bits = 5"):
+        adjust(planned, {"bits": 5})
+    with pytest.raises(OptionError, match="no pass of the recipe has the key 'format'"):
+        adjust(planned, {"format": "qdq"})
 
 
 @pytest.mark.parametrize("name", sorted(PASSES))

@@ -15,14 +15,13 @@ from rich.console import Console
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage, Fidelity, Kernel
 from onnxc.core import Change, Skip
+from onnxc.console import count_text, render, render_preview, render_validation, size_text
 from onnxc.report import (
+    Effect,
     Measure,
+    Preview,
     Report,
     Validation,
-    count_text,
-    render,
-    render_validation,
-    size_text,
     to_dict,
     to_json,
     verdict,
@@ -68,7 +67,7 @@ def test_a_good_result() -> None:
     good, sentence = verdict(GOOD)
     assert good
     assert "4.00x smaller, 2.00x faster, top-1 -0.50 points" in sentence
-    assert "agrees with the original on 98.5 % of 200 samples" in sentence
+    assert "agreement 98.5 % over 200 samples" in sentence
 
 
 @pytest.mark.parametrize(
@@ -79,6 +78,12 @@ def test_a_good_result() -> None:
             {"comparison": replace(COMPARISON, top1=(0.71, 0.69))},
             "top-1 drops by more than 1 point",
         ),
+        ({"comparison": replace(COMPARISON, agreement=0.89)}, "agreement below 90 %"),
+        (
+            {"comparison": replace(COMPARISON, outputs={"y": Fidelity(14.9, 0.98, 1.0)})},
+            "SQNR 14.9 dB, below 15",
+        ),
+        ({"quantized": 0}, "nothing was quantized"),
         ({"missed": ("top-1 drops by 0.50 points, more than 0.1",)}, "more than 0.1"),
     ],
 )
@@ -99,19 +104,49 @@ def test_a_speed_inside_its_spread_is_no_gain_and_no_loss() -> None:
 def test_the_table_has_before_after_and_ratio() -> None:
     lines = {line.split("  ")[0]: line.split() for line in shown(render(GOOD)).splitlines()}
     assert lines["file"][1:] == ["4.0", "MB", "1.0", "MB", "4.00x"]
-    assert lines["latency p50"][2:] == ["2.000", "ms", "1.000", "ms", "2.00x"]
-    assert lines["top-1"][1:] == ["71.00", "%", "70.50", "%", "-0.50"]
-    assert lines["int8 kernels"][-1] == "1/2"
+    assert lines["latency p50"][2:6] == ["2.000", "ms", "1.000", "ms"]
+    assert lines["latency p50"][6:] == ["2.00x", "(1.90", "to", "2.10)"]
+    assert lines["top-1"][1:] == ["71.00", "%", "70.50", "%", "-0.50", "points"]
+    assert lines["integer kernels"][2:] == ["1", "of", "2"]
 
 
 def test_skipped_nodes_are_grouped_by_reason_the_most_frequent_first() -> None:
-    text = shown(render(GOOD), width=200)
-    assert "left alone: 10 nodes" in text
-    grouped = "9 left float: faster so: /gelu0, /gelu1, /gelu2, /gelu3 and 5 more"
-    words = " ".join(text.split())
+    words = " ".join(shown(render(replace(GOOD, coverage=None)), width=200).split())
+    assert "left alone: 10 nodes" in words
+    names = ", ".join(f"/gelu{i}" for i in range(7))
+    grouped = f"9 left float: faster so: {names} and 2 more"
     assert grouped in words
     assert words.index(grouped) < words.index("1 its weight is computed by the graph: /odd")
-    assert "run in float: 1 node" in text
+
+
+def test_only_heavy_nodes_are_named_with_the_reason_of_the_pass() -> None:
+    skips = (Skip("/b", "excluded"), Skip("/gelu", "left float"), Skip("/a", "not equalized"))
+    words = " ".join(shown(render(replace(GOOD, skips=skips)), width=200).split())
+    assert "run in float: 1 node 1 excluded: /b" in words
+    assert "/gelu" not in words
+    assert "left alone besides: 1 node" in words  # /a was changed after all
+
+
+def test_many_reasons_are_counted() -> None:
+    skips = tuple(Skip(f"/n{i}", f"reason {i}") for i in range(9))
+    words = " ".join(shown(render(replace(GOOD, coverage=None, skips=skips))).split())
+    assert "3 for 3 other reasons" in words
+
+
+def test_a_long_name_is_shown_in_full_but_alone() -> None:
+    skips = (Skip("/a/" * 40, "why"), Skip("/b", "why"))
+    words = "".join(shown(render(replace(GOOD, coverage=None, skips=skips))).split())
+    assert "/a/" * 40 + "and1more" in words
+
+
+def test_a_preview_counts_changes_of_a_kind() -> None:
+    changes = tuple(Change(f"/fc{i}", f"w{i} int8 per channel, {i}.5 dB") for i in range(3))
+    static = Effect(changes, (), (Skip("/act", "excluded"), Skip("/act", "and more")))
+    report = Preview("m.onnx", "o.onnx", "x86", (), {"static": static, "none": Effect((), (), ())})
+    words = " ".join(shown(render_preview(report)).split())
+    assert "way: static quantized: 3 nodes 3 int8 per channel: /fc0, /fc1, /fc2" in words
+    assert "left alone: 1 node 1 excluded: /act" in words
+    assert "way: none no node is quantized" in words
 
 
 def test_effort_notes_and_headline() -> None:
@@ -128,7 +163,8 @@ def test_no_line_is_wider_than_the_console(width: int) -> None:
 
 
 def test_names_are_not_markup() -> None:
-    report = replace(GOOD, model="[red]m[/red].onnx", skips=(Skip("[bold]n", "why"),))
+    skips = (Skip("[bold]n", "why"),)
+    report = replace(GOOD, model="[red]m[/red].onnx", skips=skips, coverage=None)
     text = shown(render(report))
     assert "[red]m[/red].onnx" in text
     assert "[bold]n" in text
@@ -138,15 +174,30 @@ def test_rendering_is_stable() -> None:
     assert shown(render(GOOD)) == shown(render(replace(GOOD, skips=GOOD.skips)))
 
 
-def test_validation_lists_each_output() -> None:
+def test_validation_lists_each_output_where_there_are_several() -> None:
     report = Validation("a.onnx", "b.onnx", BEFORE, AFTER, COMPARISON)
-    line = next(x for x in shown(render_validation(report)).splitlines() if x.startswith("y "))
-    assert line.split() == ["y", "31.2", "dB", "0.999500", "0.125", "98.50", "%"]
+    text = shown(render_validation(report))
+    assert "cosine 0.99950" in " ".join(text.split())
+    assert not any(line.startswith("y ") for line in text.splitlines())
+    two = {**COMPARISON.outputs, "z": Fidelity(sqnr=40.0, cosine=1.0, max_abs_error=0.5)}
+    text = shown(render_validation(replace(report, comparison=replace(COMPARISON, outputs=two))))
+    line = next(x for x in text.splitlines() if x.startswith("y "))
+    assert line.split() == ["y", "31.2", "dB", "0.99950", "0.125", "98.50", "%"]
+
+
+def test_of_many_outputs_the_worst_are_shown() -> None:
+    many = {f"y{i}": Fidelity(sqnr=20.0 + i, cosine=1.0, max_abs_error=0.5) for i in range(20)}
+    report = Validation("a.onnx", "b.onnx", BEFORE, AFTER, replace(COMPARISON, outputs=many))
+    text = shown(render_validation(report))
+    assert "y0 " in text and "y19 " not in text
+    assert "and 8 better ones" in text
 
 
 def test_json_holds_fields_and_properties_but_no_samples() -> None:
     found = json.loads(to_json(GOOD))
     assert found["recipe"] == "seed = 0\n"
+    assert found["is_good"] is True
+    assert found["verdict"].startswith("4.00x smaller")
     assert found["coverage"]["integer"] == 1
     assert found["comparison"]["sqnr"] == pytest.approx(31.25, abs=1e-9)
     assert found["speedup"]["is_slower"] is False

@@ -1,8 +1,8 @@
 """Affine (uniform) quantization: x ≈ s (q − z), q = clip(round(x / s) + z, q_min, q_max).
 
 Jacob 2018, "Quantization and training of neural networks for efficient integer-arithmetic-only
-inference". Rounding is to nearest even, as the ONNX operators do. A symmetric quantizer has z = 0 for
-signed integers and the middle of the range for unsigned ones.
+inference". Rounding is to nearest even, as the ONNX operators do. A symmetric quantizer has z = 0
+for signed integers and the middle of the range for unsigned ones, or 0 where no value is negative.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Grid:
     def low(self) -> int:
         if not self.signed:
             return 0
-        return -(2 ** (self.width - 1)) + int(self.narrow)
+        return int(-(2 ** (self.width - 1)) + self.narrow)
 
     @property
     def high(self) -> int:
@@ -47,39 +47,41 @@ class Grid:
         return np.dtype(f"{'int' if self.signed else 'uint'}{max(8, self.bits)}")
 
 
-def power_of_two(scale: Array) -> Array:
-    """The least power of two that is not below each scale."""
-    return np.asarray(2.0 ** np.ceil(np.log2(scale) - 1e-6))
-
-
 def parameters(
-    low: float, high: float, grid: Grid, *, symmetric: bool = False, pow2: bool = False
+    low: float, high: float, grid: Grid, *, symmetric: bool = False
 ) -> tuple[np.float32, Any]:
-    """Scale and zero point of a range. Zero is always exact: the range is widened to hold it."""
+    """Scale and zero point of a range. Zero is always exact: the range is widened to hold it.
+
+    The scale is a positive, normal float32; a range of nothing but zero gets 1.
+    """
     low, high = min(low, 0.0), max(high, 0.0)
-    if symmetric or pow2:
-        scale = max(-low, high) / grid.high if grid.signed else 2 * max(-low, high) / grid.high
-        if not grid.signed and low == 0.0:
-            scale = high / grid.high
+    if symmetric:
+        scale, zero = _symmetric(low, high, grid)
     else:
-        scale = (high - low) / (grid.high - grid.low)
-    scale = max(scale, TINY) if scale > TINY else 1.0
-    if pow2:
-        scale = float(power_of_two(np.asarray(scale)))
-    middle = 0 if grid.signed or low == 0.0 else (grid.high + 1) // 2
-    zero = middle if symmetric or pow2 else round(grid.low - low / scale)
+        scale, zero = (high - low) / (grid.high - grid.low), None
+    scale = float(np.float32(scale)) if scale > TINY else 1.0
+    if zero is None:
+        zero = round(grid.low - low / scale)
     return np.float32(scale), grid.dtype.type(np.clip(zero, grid.low, grid.high))
 
 
-def weight_scales(weight: Array, axis: int | None, grid: Grid, *, pow2: bool = False) -> Array:
+def _symmetric(low: float, high: float, grid: Grid) -> tuple[float, int]:
+    """Scale and zero point where zero lies in the middle, or at the low end of what is unsigned."""
+    if grid.signed:
+        return max(-low, high) / grid.high, 0
+    if low == 0.0:
+        return high / grid.high, 0
+    return 2 * max(-low, high) / grid.high, (grid.high + 1) // 2
+
+
+def weight_scales(weight: Array, axis: int | None, grid: Grid) -> Array:
     """Symmetric scales s = max|w| / q_max: one per channel along `axis`, or one for all (None).
 
     A channel of zeros gets scale 1, a denormal one the least normal scale: neither divides by zero.
     """
-    axes = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
+    axes = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
     peak = np.abs(np.asarray(weight, np.float32)).max(axes) if weight.size else np.float32(0)
-    scale = np.where(peak > 0, np.maximum(peak / grid.high, TINY), 1.0)
-    return np.asarray(power_of_two(scale) if pow2 else scale, np.float32)
+    return np.asarray(np.where(peak > 0, np.maximum(peak / grid.high, TINY), 1.0), np.float32)
 
 
 def along(vector: Array, axis: int | None, rank: int) -> Array:
@@ -105,7 +107,8 @@ def dequantize(q: Array, scale: Array, zero: Any = 0, axis: int | None = None) -
 def bias_guard(bias: Array, s_x: float, s_w: Array) -> Array:
     """Weight scales raised until |b| / (s_x s_w) fits an int32 with room for the sum of products.
 
-    b is rounded at scale s_x s_w, so a tiny s_w of a nearly dead channel would overflow.
+    b is rounded at scale s_x s_w, so a tiny s_w of a nearly dead channel would overflow. That scale
+    stays a normal float32, too.
     """
-    needed = np.abs(bias) / (float(s_x) * BIAS_LIMIT)
+    needed = np.maximum(np.abs(bias) / BIAS_LIMIT, TINY) / float(s_x)
     return np.asarray(np.maximum(s_w, needed), np.float32)

@@ -1,0 +1,332 @@
+"""Reports on the console, for somebody who has two minutes.
+
+Each `render…` function turns a report into a rich renderable: the headline, a table of before and
+after, the verdict, what was left as it was by reason, notes. It decides nothing by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from onnxc.bench import Ratio
+from onnxc.check import Comparison, Coverage
+from onnxc.core import Skip
+from onnxc.cost import HeavyNode, Inspection, Port
+from onnxc.report import Benchmark, Calibrated, Preview, Report, Validation, verdict
+
+NAMES_WIDTH = 60  # characters of the node names given for each reason; the JSON names all
+NAME_WIDTH = 30  # characters of a node's name in a table
+REASONS_SHOWN = 6
+NODES_SHOWN = 12  # rows of an inspection
+OUTPUTS_SHOWN = 12
+
+Parts = list[RenderableType]
+Row = tuple[str, ...]
+
+
+def render(report: Report) -> RenderableType:
+    """What was made of a model, and the proof."""
+    table, result = _measures(report), _verdict(report)
+    parts: Parts = [*_headline(report.headline), _title(report), table, result]
+    parts += _left_float(report.coverage, report.skips, report.way == "weight-only")
+    parts += _notes((*report.notes, *_untold(report)))
+    return Group(*parts, *_effort(report.seconds, report.memory_peak))
+
+
+def render_preview(report: Preview) -> RenderableType:
+    """What each way would change and leave alone."""
+    title = f"[bold]{escape(report.model)}[/] → [bold]{escape(report.output)}[/], not written"
+    parts: Parts = [Text.from_markup(f"{title}  [dim](target {report.target})[/]")]
+    parts += _grouped("prepared", ((c.node, _kind(c.what)) for c in report.prepared))
+    for name, effect in report.ways.items():
+        done = ((c.node, _kind(c.what)) for c in effect.quantized)
+        names = {change.node for change in effect.quantized}
+        left = {s.node: s.reason for s in reversed(effect.skips) if s.node not in names}
+        parts.append(Text(f"\nway: {name}", style="bold green"))
+        parts += _grouped("quantized", done) or [Text("no node is quantized", style="yellow")]
+        parts += _grouped("left alone", reversed(left.items()))
+    if len(report.ways) > 1:
+        parts.append(Text("\nAll of these ways are measured, and the best one is written."))
+    return Group(*parts, *_notes(report.notes))
+
+
+def render_validation(report: Validation) -> RenderableType:
+    """A candidate against its reference, output by output where there are several."""
+    names = f"[bold]{escape(report.candidate)}[/] against [bold]{escape(report.reference)}[/]"
+    parts: Parts = [*_headline(report.headline), Text.from_markup(names), _measures(report)]
+    if len(report.comparison.outputs) > 1:
+        parts += ["", _outputs(report.comparison)]
+    written = [f"test vectors are in {report.vectors}"] if report.vectors else []
+    notes = _notes((*report.comparison.notes, *report.notes, *written))
+    return Group(*parts, _verdict(report), *_left_float(report.coverage), *notes)
+
+
+def render_benchmark(report: Benchmark) -> RenderableType:
+    """One line a model: p10, p50, p90, the spread, and the speed with its quartiles."""
+    runtime = report.runtime
+    what = f"milliseconds a run of {report.batch} sample{'s'[: report.batch != 1]}, taken in turn"
+    how = f"{runtime.provider}, threads {runtime.threads or 'all'}, level {runtime.level}"
+    table = Table("model", box=None, pad_edge=False)
+    for heading in ("p10", "p50", "p90", "spread", "speed", "quartiles"):
+        table.add_column(heading, justify="right")
+    for name, latency in report.latencies.items():
+        ratio = report.ratios.get(name)
+        times = (f"{t:.3f}" for t in (latency.p10, latency.p50, latency.p90))
+        speed = (f"{ratio.median:.2f}x", f"{ratio.low:.2f} to {ratio.high:.2f}") if ratio else ()
+        style = "red" if ratio and ratio.is_slower else None
+        table.add_row(escape(name), *times, f"{100 * latency.spread:.0f} %", *speed, style=style)
+    return Group(Text(f"{what} ({how})", style="dim"), table, *_notes(report.notes))
+
+
+def render_inspection(report: Inspection, name: str) -> RenderableType:
+    """What a model is made of and what can be compressed."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")
+    for label, value in _facts(report):
+        facts.add_row(Text(label, style="dim"), Text(value))
+    parts: Parts = [Text(name, style="bold")]
+    if report.quantized:
+        sentence = f"already quantized ({report.quantized}): onnxc quantize leaves it alone"
+        parts.append(Text(sentence, style="bold yellow"))
+    able = [node for node in report.heavy if node.can]
+    parts += [facts, _heavy(able)] if able else [facts, Text("no node can be compressed")]
+    left = ((n.name, n.reason) for n in report.heavy if not n.can)
+    return Group(*parts, *_grouped("cannot be compressed", left), *_notes(report.notes))
+
+
+def render_calibrated(report: Calibrated) -> RenderableType:
+    """Two lines about a statistics file."""
+    text = f"statistics of {report.tensors} tensors over {report.samples} samples"
+    head = Text.from_markup(f"[bold]{escape(report.output)}[/]: {text}")
+    return Group(head, *_notes(report.notes), *_effort(report.seconds, report.memory_peak))
+
+
+def _headline(sentence: str) -> Parts:
+    return [Text(sentence, style="bold yellow")] if sentence else []
+
+
+def _title(report: Report) -> Text:
+    where = escape(report.output or "nothing written")
+    made = ", ".join(w for w in (report.way, report.target and f"target {report.target}") if w)
+    title = f"[bold]{escape(report.model)}[/] → [bold]{where}[/]"
+    return Text.from_markup(f"{title}  [dim]({made})[/]" if made else title)
+
+
+def _measures(report: Report | Validation) -> Table:
+    table = Table("", box=None, pad_edge=False)
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    table.add_column("change")
+    rows = [*_cost_rows(report), *_quality_rows(report.comparison)]
+    if isinstance(report, Validation):
+        rows += _error_rows(report.comparison)
+    for row in rows:
+        table.add_row(*row)
+    if report.coverage is not None and report.coverage.total:
+        count = f"{report.coverage.integer} of {report.coverage.total}"
+        table.add_row("integer kernels", "", count, "")
+    return table
+
+
+def _cost_rows(report: Report | Validation) -> Iterator[Row]:
+    before, after = report.before, report.after
+    shrink = f"{before.bytes / max(after.bytes, 1):.2f}x"
+    yield "file", size_text(before.bytes), size_text(after.bytes), shrink
+    if before.latency and after.latency:
+        ratio = _spread(report.speedup) if report.speedup else ""
+        yield "latency p50", f"{before.latency.p50:.3f} ms", f"{after.latency.p50:.3f} ms", ratio
+
+
+def _spread(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _quality_rows(comparison: Comparison | None) -> Iterator[Row]:
+    if comparison is None:
+        return
+    for label, pair in (("top-1", comparison.top1), ("top-5", comparison.top5)):
+        if pair:
+            change = f"{100 * (pair[1] - pair[0]):+.2f} points"
+            yield label, _percent(pair[0]), _percent(pair[1]), change
+    if comparison.perplexity:
+        first, second = comparison.perplexity
+        yield "perplexity", f"{first:.3f}", f"{second:.3f}", f"{second - first:+.3f}"
+    if comparison.agreement is not None:
+        yield "agreement", "", _percent(comparison.agreement), ""
+    yield "SQNR", "", f"{comparison.sqnr:.1f} dB", ""
+
+
+def _error_rows(comparison: Comparison) -> Iterator[Row]:
+    yield "cosine", "", f"{comparison.cosine:.5f}", ""
+    yield "largest error", "", f"{comparison.max_abs_error:.3g}", ""
+
+
+def _outputs(comparison: Comparison) -> Table:
+    table = Table("output", box=None, pad_edge=False)
+    for heading in ("SQNR", "cosine", "largest error", "agreement"):
+        table.add_column(heading, justify="right")
+    worst = sorted(comparison.outputs.items(), key=lambda item: item[1].sqnr)[:OUTPUTS_SHOWN]
+    for name, f in comparison.outputs.items() if len(comparison.outputs) <= len(worst) else worst:
+        error, agreement = f"{f.max_abs_error:.3g}", _percent(f.agreement)
+        table.add_row(escape(name), f"{f.sqnr:.1f} dB", f"{f.cosine:.5f}", error, agreement)
+    rest = len(comparison.outputs) - len(worst)
+    if rest:
+        table.add_row(f"and {rest} better ones")
+    return table
+
+
+def _verdict(report: Report | Validation) -> RenderableType:
+    is_good, sentence = verdict(report)
+    mark, style = ("good", "bold green") if is_good else ("not good", "bold red")
+    text = Text.assemble((f"{mark}: ", style), (sentence, "green" if is_good else "red"))
+    return Group("", text, "")
+
+
+def _left_float(
+    coverage: Coverage | None, skips: Iterable[Skip] = (), weights_alone: bool = False
+) -> Parts:
+    """Heavy nodes that run in float, with the reason of the pass that left them, if it gave one."""
+    if coverage is None:
+        return _grouped("left alone", ((s.node, s.reason) for s in skips))
+    if weights_alone:
+        left = ((k.node, "only weights are stored in integers") for k in coverage.left_float)
+        return _grouped("run in float", left)
+    reasons = {skip.node: skip.reason for skip in skips}
+    left = ((k.node, reasons.get(k.node, k.reason)) for k in coverage.left_float)
+    return _grouped("run in float", left)
+
+
+def _untold(report: Report) -> Iterator[str]:
+    """How many nodes were left alone besides the heavy ones, which are told by their kernels."""
+    if report.coverage is None:
+        return
+    told = {k.node for k in report.coverage.left_float} | {c.node for c in report.changes}
+    rest = {skip.node for skip in report.skips} - told
+    if rest:
+        yield f"left alone besides: {_nodes(len(rest))} with little to gain; --json names them"
+
+
+def _kind(what: str) -> str:
+    """What a change is, without names and figures: equal ones count as one."""
+    kind = re.sub(r",? -?[\d.]+ (dB|scales)|^\S+ (?=int\d)| by up to .*", "", what)
+    return re.sub(r"(?<=^shares ).*", "the weight of another node", kind)
+
+
+def _grouped(title: str, pairs: Iterable[tuple[str, str]]) -> Parts:
+    """Nodes by reason, the most frequent reason first; a few names of each."""
+    groups: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for node, reason in pairs:
+        groups[reason][node] = None
+    if not groups:
+        return []
+    order = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    lines = Table.grid(padding=(0, 0, 0, 2))
+    lines.add_column(justify="right")
+    lines.add_column(overflow="fold")
+    for reason, nodes in order[:REASONS_SHOWN]:
+        lines.add_row(Text(str(len(nodes))), Text(f"{reason}: {_some(list(nodes))}"))
+    rest = order[REASONS_SHOWN:]
+    if rest:
+        count = len({node for _, nodes in rest for node in nodes})
+        lines.add_row(Text(str(count)), Text(f"for {len(rest)} other reasons; --json names them"))
+    total = len({node for nodes in groups.values() for node in nodes})
+    return [Text(f"{title}: {_nodes(total)}", style="bold"), lines]
+
+
+def _nodes(count: int) -> str:
+    return f"{count} node{'s'[: count != 1]}"
+
+
+def _some(names: list[str]) -> str:
+    """The first name, more while there is room, and how many are left."""
+    lengths = accumulate(len(name) + 2 for name in names)
+    shown = max(1, sum(length <= NAMES_WIDTH for length in lengths))
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest else "")
+
+
+def _notes(notes: Iterable[str]) -> Parts:
+    lines = Table.grid(padding=(0, 1, 0, 0))
+    lines.add_column()
+    lines.add_column(overflow="fold")
+    for note in dict.fromkeys(notes):
+        lines.add_row(Text("·", style="dim"), Text(note, style="dim"))
+    return [lines] if lines.row_count else []
+
+
+def _effort(seconds: float | None, memory_peak: int | None) -> Parts:
+    spent = [f"{seconds:.1f} s"] if seconds is not None else []
+    spent += [f"peak memory {size_text(memory_peak)}"] if memory_peak is not None else []
+    return [Text(", ".join(spent), style="dim")] if spent else []
+
+
+def _heavy(nodes: list[HeavyNode]) -> Table:
+    """The nodes with the most weight bytes, then the most MACs."""
+    shown = sorted(nodes, key=lambda n: (-n.weight, -(n.macs or 0), n.name))[:NODES_SHOWN]
+    table = Table("can be compressed", "op", "weight", box=None, pad_edge=False)
+    for heading in ("bytes", "MACs"):
+        table.add_column(heading, justify="right")
+    table.add_column("how")
+    for node in shown:
+        shape = "x".join(map(str, node.shape or ()))
+        macs = "?" if node.macs is None else count_text(node.macs)
+        size = size_text(node.weight)
+        table.add_row(_ending(node.name), node.op, shape, size, macs, node.reason)
+    rest = nodes if len(nodes) > len(shown) else []
+    if rest:
+        size = size_text(sum(n.weight for n in rest))
+        table.add_row(f"and {len(nodes) - len(shown)} more; in all", "", "", size)
+    return table
+
+
+def _ending(name: str) -> Text:
+    """A name, its beginning cut where it is long: endings tell nodes apart."""
+    return Text(name if len(name) <= NAME_WIDTH else "…" + name[1 - NAME_WIDTH :])
+
+
+def _facts(report: Inspection) -> Iterator[tuple[str, str]]:
+    if report.bytes is not None:
+        yield "file", size_text(report.bytes)
+    yield "weights", ", ".join(f"{k} {size_text(v)}" for k, v in report.bytes_by_type.items())
+    yield "parameters", count_text(report.parameters)
+    yield "MACs", "?" if report.macs is None else count_text(report.macs)
+    yield "opset", str(report.opset)
+    yield "ops", ", ".join(f"{op} {count}" for op, count in report.ops.items())
+    yield "inputs", ", ".join(map(_port_text, report.inputs))
+    yield "outputs", ", ".join(map(_port_text, report.outputs))
+
+
+def _port_text(port: Port) -> str:
+    if port.shape is None:
+        return f"{port.name} {port.dtype} of any shape"
+    dims = ", ".join("?" if d is None else str(d) for d in port.shape)
+    return f"{port.name} {port.dtype} [{dims}]"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
+
+
+def size_text(count: int) -> str:
+    """Bytes in words: "13.9 MB" (powers of 1000)."""
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def count_text(count: int) -> str:
+    """A large count: "3.5 M"."""
+    return _scaled(count, ("", "k", "M", "G", "T")).rstrip()
+
+
+def _scaled(count: int, units: tuple[str, ...]) -> str:
+    power = min(len(units) - 1, (len(str(abs(count))) - 1) // 3)
+    number = f"{count}" if power == 0 else f"{count / 1000**power:.1f}"
+    return f"{number} {units[power]}"
