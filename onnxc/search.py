@@ -23,6 +23,7 @@ from onnxc.core import Context, Pass
 from onnxc.cost import free_dimensions, heavy_nodes
 from onnxc.graph import Model, copy, to_bytes
 from onnxc.integer import weighted_nodes
+from onnxc.islands import suspects
 from onnxc.ops import knowledge
 from onnxc.pipeline import Calibration, Progress, Step, compress
 from onnxc.runtime import Runtime
@@ -97,6 +98,10 @@ def candidates(
     if "static" in found:
         for rule in others:
             found[f"static, {rule}"] = (*start, Quantize(ranges=rule), *integers, weights)
+        doubtful = suspects(model.graph, context)
+        if doubtful and format_ == "auto":
+            apart = Quantize(ranges=first, leave=doubtful)
+            found["static, without islands"] = (*start, apart, weights)
     return found
 
 

@@ -90,6 +90,7 @@ class Quantize:
     ranges: how the range of an activation is chosen. bits: of weights; activation_bits: of
     activations. spread: whether cheap operators between heavy ones compute in integers too.
     power_of_two: scales are powers of two. ops: only heavy nodes of these operators; empty for all.
+    leave: heavy nodes to leave float, whose Q/DQ pairs cost more than their kernels gain.
     """
 
     name: ClassVar[str] = "quantize"
@@ -101,6 +102,7 @@ class Quantize:
     spread: bool = True
     power_of_two: bool = False
     ops: tuple[str, ...] = ()
+    leave: tuple[str, ...] = ()
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         placement = self._placement(graph, context)
@@ -109,29 +111,30 @@ class Quantize:
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         placement = self._placement(graph, context)
         skips: list[Change | Skip] = list(refused_nodes(graph, context, self.ops))
-        if self._is_too_old(context):
+        skips += [Skip(name, "its Q/DQ cost more than its kernel gains") for name in self.leave]
+        if max(self.bits, self.activation_bits) > 8 and context.opset < WIDE_OPSET:
             reason = f"16 bits need opset {WIDE_OPSET}, and the model has {context.opset}"
-            skips += [Skip(n.name, reason) for n in weighted_nodes(graph, context, self.ops)]
+            return [*skips, *(Skip(n.name, reason) for n in placement.integer)]
         if not placement.integer:
             return skips
         writer = _Writer(graph, context, self, placement)
         return [*writer.write(), *skips]
 
     def _placement(self, graph: gs.Graph, context: Context) -> Placement:
-        if self._is_too_old(context):
-            return Placement()
-        return place(graph, context, self.spread, self.ops)
-
-    def _is_too_old(self, context: Context) -> bool:
-        return max(self.bits, self.activation_bits) > 8 and context.opset < WIDE_OPSET
+        return place(graph, context, self.spread, self.ops, self.leave)
 
 
 def place(
-    graph: gs.Graph, context: Context, spread: bool = True, ops: tuple[str, ...] = ()
+    graph: gs.Graph,
+    context: Context,
+    spread: bool = True,
+    ops: tuple[str, ...] = (),
+    leave: tuple[str, ...] = (),
 ) -> Placement:
     """The integer nodes and the tensors that carry Q/DQ pairs, in graph order."""
     placement = Placement()
-    heavy = {id(node) for node in weighted_nodes(graph, context, ops)}
+    left = frozenset(leave)
+    heavy = {id(n) for n in weighted_nodes(graph, context, ops) if n.name not in left}
     allowed = context.only.names(graph) if spread else frozenset[str]()
     pinned = {t.name for t in graph.outputs} | captured(graph)
     wanted = _leading(graph, heavy)

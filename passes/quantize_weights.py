@@ -54,6 +54,11 @@ class Use:
     position: int
     turn: gs.Node | None = None
 
+    def summed(self, rank: int) -> tuple[int, int]:
+        """Axes [start, stop) of the weight that share a scale: those summed over, mostly."""
+        start, stop = SUMMED[self.node.op](self, rank)
+        return (1 - start, 2 - start) if self.turn else (start, stop)
+
 
 @dataclass
 class Weight:
@@ -69,10 +74,8 @@ class Weight:
 
     @property
     def summed(self) -> tuple[int, int]:
-        """Axes [start, stop) that share a scale; the first reader sums over them, mostly."""
-        use = self.uses[0]
-        start, stop = SUMMED[use.node.op](use, len(self.tensor.shape))
-        return (1 - start, 2 - start) if use.turn else (start, stop)
+        """What the first reader sums over."""
+        return self.uses[0].summed(len(self.tensor.shape))
 
     @property
     def view(self) -> tuple[int, int, int]:
@@ -161,7 +164,7 @@ class QuantizeWeights:
         tensor = weight.tensor
         is_matrix = tensor.dtype == np.float32 and len(tensor.shape) == 2
         fits = self.form == "matmulnbits" and is_matrix and weight.view[1] >= self.block
-        return fits and all(map(_is_plain, weight.uses))
+        return fits and all(_is_plain(u) and u.summed(2) == weight.summed for u in weight.uses)
 
     def _is_lookup(self, weight: Weight) -> bool:
         """Whether the rows of a table are dequantized after they are picked."""

@@ -92,12 +92,16 @@ def test_rescaling_rounds_as_real_numbers_do(a: int, k: int) -> None:
     assert up - even in (0, 1)
 
 
-CONVOLUTIONS = {
-    "plain": ("", (6, 3, 3, 3), (1, 1), (0, 0, 0, 0), (1, 1), 1),
-    "strided": ("strides: ints = [2,1], pads: ints = [1,0,2,1]", (6, 3, 3, 3), (2, 1), (1, 0, 2, 1), (1, 1), 1),
-    "dilated": ("dilations: ints = [2,3]", (6, 3, 2, 2), (1, 1), (0, 0, 0, 0), (2, 3), 1),
-    "grouped": ("group: int = 3", (6, 1, 3, 3), (1, 1), (0, 0, 0, 0), (1, 1), 3),
-}  # fmt: skip
+CONVOLUTIONS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "plain": ("group: int = 1", (6, 3, 3, 3), {}),
+    "strided": (
+        "strides: ints = [2, 1], pads: ints = [1, 0, 2, 1]",
+        (6, 3, 3, 3),
+        {"strides": (2, 1), "pads": (1, 0, 2, 1)},
+    ),
+    "dilated": ("dilations: ints = [2, 3]", (6, 3, 2, 2), {"dilations": (2, 3)}),
+    "grouped": ("group: int = 3", (6, 1, 3, 3), {"groups": 3}),
+}
 
 
 @dataclass(frozen=True)
@@ -146,22 +150,27 @@ def integers(model: Model, quantizer: gs.Node, x: NDArray[Any], level: str) -> N
 
 
 def conv(kind: str, bits: int, tail: str = "") -> Layer:
-    """A convolution, what `tail` makes of c, and another convolution that wants integers."""
-    attributes, shape = CONVOLUTIONS[kind][:2]
+    """A convolution, perhaps a Relu, and another convolution that wants integers."""
+    attributes, shape, _ = CONVOLUTIONS[kind]
+    read = "r" if tail else "c"
     proto = bind(
-        f"""g (float[2,3,9,9] x, float[6,3,3,3] W, float[6] B, float[2,6,1,1] V) => (float y) {{
+        f"""g (float[2,3,9,9] x, float[6,3,3,3] W, float[6] B, float[2,6,1,1] V)
+            => (float[N,2,H,V] y) {{
             c = Conv <{attributes}> (x, W, B)
-            {tail or "r = Identity (c)"}
-            y = Conv (r, V) }}""".replace("=> (float y)", "=> (float[N,2,H,V] y)"),
+            {tail}
+            y = Conv ({read}, V) }}""",
         opset=21,
         W=normal(*shape) / 3,
         B=normal(6),
         V=normal(2, 6, 1, 1),
     )
-    if not tail:
-        proto.graph.node[2].input[0] = "c"
-        del proto.graph.node[1]
     return fixed_point(proto, normal(2, 3, 9, 9, seed=1), bits)
+
+
+def sums_of(layer: Layer, kind: str) -> NDArray[np.int64]:
+    settings = {"strides": (1, 1), "pads": (0, 0, 0, 0), "dilations": (1, 1)}
+    settings |= CONVOLUTIONS[kind][2]
+    return fixed.convolve(layer.x, layer.w, layer.b, **settings)  # type: ignore[arg-type]
 
 
 def reference(layer: Layer, sums: NDArray[np.int64], rounding: fixed.Rounding = "even") -> Any:
@@ -181,10 +190,7 @@ def steps(a: Any, b: Any) -> int:
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_a_convolution_of_8_bits_is_integers_and_shifts(kind: str) -> None:
     layer = conv(kind, 8)
-    strides, pads, dilations, groups = CONVOLUTIONS[kind][2:]
-    sums = fixed.convolve(
-        layer.x, layer.w, layer.b, strides=strides, pads=pads, dilations=dilations, groups=groups
-    )
+    sums = sums_of(layer, kind)
     assert np.unique(layer.y["none"]).size > 50
     np.testing.assert_array_equal(reference(layer, sums), layer.y["none"])
     np.testing.assert_array_equal(reference(layer, sums), layer.y["all"])
@@ -193,9 +199,7 @@ def test_a_convolution_of_8_bits_is_integers_and_shifts(kind: str) -> None:
 
 def test_a_convolution_of_16_bits_differs_by_one_unit_at_most() -> None:
     layer = conv("plain", 16)
-    sums = fixed.convolve(
-        layer.x, layer.w, layer.b, strides=(1, 1), pads=(0, 0, 0, 0), dilations=(1, 1)
-    )
+    sums = sums_of(layer, "plain")
     assert layer.w.dtype == np.int16
     assert np.unique(layer.y["none"]).size > 400
     for rounding in get_args(fixed.Rounding):

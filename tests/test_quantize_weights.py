@@ -214,6 +214,22 @@ def test_tied_table_is_stored_once(way: str) -> None:
     assert noise(proto, model, feed) > (34 if WAYS[way].bits == 8 else 14)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_weight_read_along_both_axes(way: str) -> None:
+    proto = bind(
+        """g (float[N,64] x, float[64,64] W) => (float[N,64] y) {
+            h = MatMul (x, W)
+            y = Gemm <transB: int = 1> (h, W) }""",
+        opset=21,
+        W=normal(64, 64),
+    )
+    model = load(proto)
+    done = apply_pass(model, WAYS[way], context(model), {"x": X})
+    assert not done.problems
+    assert len(done.changes) == 2
+    assert noise(proto, model, {"x": X}) > (31 if WAYS[way].bits == 8 else 11)
+
+
 def test_weight_of_a_nested_body(tmp_path: Path) -> None:
     proto = bind(
         """g (float[N,64] x, bool c) => (float[N,40] y) {

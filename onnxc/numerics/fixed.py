@@ -59,7 +59,8 @@ def closest(scale: Array, error: Callable[[Array], Array]) -> Array:
 
 def weight_scales(weight: Array, axis: int | None, grid: Grid) -> Array:
     """Powers of two of least squared error, float32: one a channel along `axis`, or one for all."""
-    others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
+    rank = weight.ndim
+    others = None if axis is None else tuple(i for i in range(rank) if i != axis % rank)
 
     def error(scale: Array) -> Array:
         q = quantize(weight, scale, 0, grid, axis)
