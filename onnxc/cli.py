@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -45,26 +45,25 @@ def stoppable() -> Iterator[None]:
     What unwinds removes its temporary files, so that a second signal must not cut it short.
     """
     received: list[int] = []
+    former = {number: signal.getsignal(number) for number in SIGNALS}
 
     def stop(number: int, frame: FrameType | None) -> None:
-        _ignore(SIGNALS)
+        _handle(dict.fromkeys(SIGNALS, signal.SIG_IGN))
         received.append(number)
         raise StoppedError
 
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, stop)
+    _handle({n: stop for n, handler in former.items() if handler is not signal.SIG_IGN})
     try:
         yield
     finally:
-        _ignore(SIGNALS)
         if received:  # whatever libraries made of the exception on its way
             sys.exit(_say(STOPPED, 128 + received[0]))
+        _handle(former)
 
 
-def _ignore(signals: Iterable[int]) -> None:
-    for number in signals:
-        signal.signal(number, signal.SIG_IGN)
+def _handle(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ measured on it, or on validation data where the user gives some.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from calib.data import Dataset
@@ -112,6 +112,7 @@ class Attempt:
     prepared: what was done before, the same for all. ways: passes by name.
     """
 
+    context: Context
     prepared: tuple[Step, ...]
     ways: Mapping[str, tuple[Pass, ...]]
     built: Mapping[str, search.Built]
@@ -153,7 +154,7 @@ def attempt(
         )
     )
     built = search.build(model, ways, context, calibration, feed, progress)
-    return Attempt(tuple(prepared), ways, built)
+    return Attempt(context, tuple(prepared), ways, built)
 
 
 def quantize_model(
@@ -178,6 +179,14 @@ def quantize_model(
         progress("measuring")
     found, latency = search.trials(model, tried.built, judge, runtime)
     chosen = search.best(found)
+    is_free = settings.format == "auto" and not passes
+    if is_free and search.falls_short(chosen) and not search.FALLBACK.keys() & tried.ways.keys():
+        more = search.build(model, search.FALLBACK, tried.context, calibration, feed, progress)
+        tried = replace(
+            tried, ways={**tried.ways, **search.FALLBACK}, built={**tried.built, **more}
+        )
+        found, latency = search.trials(model, tried.built, judge, runtime)
+        chosen = search.best(found)
     changes, skips = tried.results(chosen.name)
     steps = (*tried.prepared, *chosen.steps)
     failed = tuple(f"{s.name} was undone: {p}" for s in steps for p in s.problems)

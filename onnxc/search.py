@@ -48,6 +48,11 @@ AUTO_RANGES: tuple[Ranges, ...] = ("mse", "minmax")
 MINOR = 0.1  # share of the MACs below which MatMul and Gemm do not decide how to quantize
 
 
+FALLBACK: dict[str, tuple[Pass, ...]] = {  # never slower
+    "weight-only": (CorrectBias(), QuantizeWeights())
+}
+
+
 @dataclass(frozen=True)
 class Trial:
     """A candidate as built and measured. ratio: float latency over the candidate's."""
@@ -92,7 +97,7 @@ def candidates(
         "static": (*start, Quantize(ranges=first), *integers, weights),
         "mixed": (*mixed, weights),
         "dynamic": (QuantizeDynamic(), weights),
-        "weight-only": (weights,),
+        **FALLBACK,
     }
     found = {name: ways[name] for name in _worth_trying(model, context, format_)}
     if "static" in found:
@@ -199,6 +204,11 @@ def trials(
         ratio = speedup(times["float"], times[name])
         found.append(Trial(name, result, steps, comparison, times[name], ratio))
     return found, times["float"]
+
+
+def falls_short(trial: Trial) -> bool:
+    """Slower than the float model, or no longer the same network."""
+    return trial.ratio.high < 1 or trial.comparison.sqnr < FLOOR
 
 
 def best(found: Iterable[Trial]) -> Trial:

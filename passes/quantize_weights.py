@@ -47,7 +47,10 @@ class RefusalError(Exception):
 
 @dataclass(frozen=True)
 class Use:
-    """A node that multiplies by a weight or looks it up; turn: the Transpose in between."""
+    """A node that multiplies by a weight or looks it up; turn: the Transpose in between.
+
+    graph: the one that reads the weight.
+    """
 
     graph: gs.Graph
     node: gs.Node
@@ -200,13 +203,13 @@ class QuantizeWeights:
 def _weights(graph: gs.Graph) -> list[Weight]:
     """Constants that nodes multiply by or look up, nested bodies included, in order."""
     found: dict[int, Weight] = {}
-    for inner in walk(graph):
-        for node in inner.nodes:
-            for position in _positions(node):
-                tensor, turn = source(node.inputs[position])
-                if tensor is not None:
-                    weight = found.setdefault(id(tensor), Weight(tensor))
-                    weight.uses.append(Use(inner, node, position, turn))
+    owners = {id(node): inner for inner in walk(graph) for node in inner.nodes}
+    for node in (node for inner in walk(graph) for node in inner.nodes):
+        for position in _positions(node):
+            tensor, turn = source(node.inputs[position])
+            if tensor is not None:
+                weight = found.setdefault(id(tensor), Weight(tensor))
+                weight.uses.append(Use(owners[id(turn or node)], node, position, turn))
     for weight in found.values():
         known = {id(n) for use in weight.uses for n in (use.turn or use.node, use.turn)}
         weight.others = [n.name for n in weight.tensor.outputs if id(n) not in known]
@@ -239,7 +242,7 @@ def _is_plain(use: Use) -> bool:
     is_scaled = any(node.attrs.get(key, 1.0) != 1.0 for key in ("alpha", "beta"))
     shape = node.inputs[0].shape
     is_vector = shape is not None and len(shape) < 2
-    is_second = use.position == 1 and node.op in PRODUCTS
+    is_second = use.position == 1 and node.op in PRODUCTS and use.turn is None
     return is_second and not (is_scaled or is_vector or node.attrs.get("transA", 0))
 
 

@@ -249,6 +249,25 @@ def test_weight_of_a_nested_body(tmp_path: Path) -> None:
     assert [[node.op_type for node in b.g.node] for b in branches] == [["MatMul"], ["MatMul"]]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_transposed_outside_of_the_body_that_reads_it(way: str) -> None:
+    proto = bind(
+        """g (float[N,64] x, bool c, float[40,64] W, float[40] B) => (float[N,40] y) {
+            w = Transpose <perm: ints = [1, 0]> (W)
+            y = If (c) <then_branch = p () => (float[N,40] u) { u = Gemm (x, w, B) },
+                        else_branch = q () => (float[N,40] v) { v = MatMul (x, w) }> }""",
+        opset=21,
+        W=normal(40, 64),
+        B=normal(40),
+    )
+    feed = {"x": X, "c": np.array(True)}
+    model = load(proto)
+    done = apply_pass(model, WAYS[way], context(model), feed)
+    assert not done.problems
+    assert len(done.changes) == 2
+    assert noise(proto, model, feed) > (34 if WAYS[way].bits == 8 else 14)
+
+
 SHARED = """g (float[N,64] x, bool c, float[64,64] W) => (float[N,64] y) {
     a = MatMul (x, W)
     y = If (c) <then_branch = p () => (float[N,64] u) { u = MatMul (a, W) },
