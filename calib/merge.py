@@ -54,7 +54,7 @@ def save(statistics: Statistics, path: str | Path) -> None:
 
     Raises OptionError when the path cannot be written.
     """
-    keys = sorted(statistics.stats)
+    keys = sorted(statistics.stats, key=lambda key: (key.name, key.what, str(key.axis)))
     about = {f.name: getattr(statistics, f.name) for f in fields(Statistics) if f.name != "stats"}
     header = {"version": VERSION, **about, "keys": [asdict(key) for key in keys]}
     entries: dict[str, Any] = {HEADER: np.array(json.dumps(header))}

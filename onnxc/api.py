@@ -216,9 +216,7 @@ def _job(
     check_output(place, *external_files(path))
     check_input(opened, str(path))
     only = given.only.resolve(opened.graph)
-    kept, judge = _samples(path, source, val, given)
-    for dataset in (judge,) if val is None else (kept, judge):
-        _try_out(path, dataset, runtime)
+    kept, judge = _samples(path, source, val, given, runtime)
     memory = given.calibration.max_memory or max(LEAST_MEMORY, FILE_COPIES * file_bytes(path))
     exact = replace(
         given, target=row.name, calibration=replace(given.calibration, max_memory=memory)
@@ -227,18 +225,24 @@ def _job(
     return _Job(path, place, opened, row, only, exact, source, val, calibration, judge)
 
 
-def _samples(path: Path, source: Any, val: Any, recipe: Recipe) -> tuple[Dataset, Dataset]:
-    """Samples to calibrate on, and others to judge by."""
+def _samples(
+    path: Path, source: Any, val: Any, recipe: Recipe, runtime: Runtime
+) -> tuple[Dataset, Dataset]:
+    """Samples to calibrate on, and others to judge by; the model was run on one of each."""
     specs, seed = input_specs(path), recipe.seed
     images, count = recipe.calibration.preprocess, recipe.calibration.samples
     if source is None:
         kept = synthesize(specs, count or MADE_UP, seed)
         held = synthesize(specs, count or MADE_UP, seed + 1)
-    elif val is None:
-        kept, held = split(open_data(source, specs, images, count, seed))
     else:
-        kept = held = open_data(source, specs, images, count, seed)
-    return kept, held if val is None else open_data(val, specs, images, None, seed)
+        kept = open_data(source, specs, images, count, seed)
+    _try_out(path, kept, runtime)
+    if val is not None:
+        held = open_data(val, specs, images, None, seed)
+        _try_out(path, held, runtime)
+    elif source is not None:
+        kept, held = split(kept)
+    return kept, held
 
 
 def _try_out(path: Path, dataset: Dataset, runtime: Runtime) -> None:

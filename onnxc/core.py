@@ -1,8 +1,9 @@
 """The contracts that passes, calibration and the engine share.
 
-A **pass** reads a graph and statistics, rewrites the graph in place, and returns what it changed and
-what it skipped, with reasons. It never runs the model and never reads data: it names the statistics
-that it needs (`wants`), and the engine gathers them from the graph as it stands before `apply`.
+A **pass** reads a graph and statistics, rewrites the graph in place, and returns what it changed
+and what it skipped, with reasons. It never runs the model and never reads data: it names the
+statistics that it needs (`wants`), and the engine gathers them from the graph as it stands before
+`apply`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from onnxc.targets import Target
 class Key:
     """One statistic of one tensor.
 
-    `what` is a row of `calib.observers.OBSERVERS`, or "drift" (see `Perturbs`); `axis` is the channel axis of a per-channel
-    statistic, or None for one over the whole tensor. minus: the statistic is of the difference from
-    this tensor.
+    what: a row of `calib.observers.OBSERVERS`, or "drift" (see `Perturbs`). axis: the channel axis of
+    a per-channel statistic, or None for one over the whole tensor. minus: the statistic is of the
+    difference from this tensor.
     """
 
     tensor: str

@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import google.protobuf.message
@@ -87,13 +87,16 @@ _MULTIPLY = frozenset(
 class Model:
     """A graph, what belongs around it, and sentences about what loading changed.
 
-    base: the folder of external data, None for a model that came without a path.
+    base: the folder of external data, None for a model that came without a path. declared: tensors
+    inside the graph whose type the file told; what was inferred of others is not written, for it
+    changes what ONNX Runtime fuses.
     """
 
     graph: gs.Graph
     envelope: Envelope = field(default_factory=Envelope)
     base: Path | None = None
     notes: tuple[str, ...] = ()
+    declared: frozenset[str] = frozenset()
 
 
 def load(source: str | Path | bytes | onnx.ModelProto, base: str | Path | None = None) -> Model:
@@ -118,25 +121,25 @@ def save(model: Model, path: str | Path) -> None:
 
     Raises OptionError when the path cannot be written or the disk is full.
     """
-    _write(*skeleton(model), Path(path))
+    _write(*_as_declared(model), Path(path))
 
 
 def to_proto(model: Model) -> onnx.ModelProto:
     """The model with all its weights."""
-    proto, held = skeleton(model)
+    proto, held = _as_declared(model)
     weights.fill(proto.graph, held)
     return proto
 
 
 def to_bytes(model: Model) -> bytes:
     """The model as one file. Raises ModelError above 2 GB, the limit of the format."""
-    return _serialize(*skeleton(model))
+    return _serialize(*_as_declared(model))
 
 
 @contextmanager
 def runnable(model: Model) -> Iterator[bytes | Path]:
     """What a session can open: bytes, or above 1 GiB a temporary file for the time of the block."""
-    with stored(*skeleton(model)) as source:
+    with stored(*_as_declared(model)) as source:
         yield source
 
 
@@ -158,7 +161,7 @@ def copy(model: Model) -> Model:
     for array in held:
         if isinstance(array, np.ndarray):
             array.flags.writeable = False
-    return _open(proto, held, model.base, model.notes)
+    return replace(_open(proto, held, model.base, model.notes), declared=model.declared)
 
 
 def skeleton(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
@@ -175,6 +178,16 @@ def skeleton(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
     _share_constants(graph, proto.graph)
     envelope.restore(proto, model.envelope)
     proto.ir_version = max(graph.ir_version or 0, normal.least_ir_version(proto))
+    return proto, held
+
+
+def _as_declared(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
+    """A skeleton that tells no more of the tensors inside it than the file did."""
+    proto, held = skeleton(model)
+    for _, graph in normal.graphs(proto.graph):
+        kept = [value for value in graph.value_info if value.name in model.declared]
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
     return proto, held
 
 
@@ -250,7 +263,8 @@ def _load(proto: onnx.ModelProto, base: Path | None) -> Model:
     del proto  # and with it the memory of the weights' first copy
     light, notes = normal.normalize(light)
     normal.check(light)
-    return _open(light, held, base, tuple(notes))
+    declared = {value.name for _, graph in normal.graphs(light.graph) for value in graph.value_info}
+    return replace(_open(light, held, base, tuple(notes)), declared=frozenset(declared))
 
 
 def _open(

@@ -1,4 +1,4 @@
-"""Which nodes of a graph can compute in integers on a target, on which grids, and why others cannot.
+"""Which nodes of a graph can compute in integers on a target, on which grids, and why not others.
 
 What the quantizing passes share: they must agree on nodes, axes and grids to the last bit.
 """
@@ -63,7 +63,7 @@ def round_weights(
     bits: int = 8,
     pow2: bool = False,
 ) -> None:
-    """Move the weights of those nodes to the grids that integer kernels will hold them on, in float.
+    """Move the weights of those nodes to the grids that integer kernels hold them on, in float.
 
         w <- s · round(w / s),   s = max|w| / q_max   for each output channel
     """

@@ -1,8 +1,8 @@
 """Islands of integer nodes in a float graph, and which of them may cost more than they gain.
 
-Every value that crosses between float and integers is quantized or dequantized, about as much work as
-BREAK_EVEN multiply-accumulates save by running in integers. An island whose heavy nodes do fewer of
-them for each value at its border is a suspect; the search then measures the model without it.
+Every value that crosses between float and integers is quantized or dequantized, about as much work
+as BREAK_EVEN multiply-accumulates save by running in integers. An island whose heavy nodes do fewer
+of them for each value at its border is a suspect; the search then measures the model without it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from math import prod
 import onnx_graphsurgeon as gs
 
 from onnxc.core import Context
-from onnxc.cost import free_dimensions, macs
+from onnxc.cost import free_dimensions
+from onnxc.macs import macs
 from onnxc.ops import data_inputs, knowledge
 from passes.quantize import behind_activation, place
 

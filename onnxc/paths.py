@@ -36,8 +36,9 @@ def check_output(output: str | Path, *inputs: Any) -> Path:
         raise OptionError(f"output {path}: there is no folder {path.parent}; create it first")
     if path.exists() and not path.is_file():
         raise OptionError(f"output {path} is a device, not a file; give another name")
-    if path.exists() and any(_is_same(path, source) for source in inputs):
-        raise OptionError(f"output {path} is the input itself; give another name")
+    for taken in (path, path.with_name(f"{path.name}.data")):  # weights of a large model
+        if taken.exists() and any(_is_same(taken, source) for source in inputs):
+            raise OptionError(f"output {taken} is the input itself; give another name")
     is_open = os.access(path.parent, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
     if not is_open:
         raise OptionError(f"output {path} is not writable; give another place")

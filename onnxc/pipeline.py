@@ -27,11 +27,24 @@ from onnxc.runtime import first_line
 from onnxc.shapes import infer
 from onnxc.targets import Target
 from passes.drop_identity import DropIdentity
+from passes.drop_zero_states import DropZeroStates
+from passes.expand_broadcasts import ExpandBroadcasts
 from passes.fold_constants import FoldConstants
 from passes.fold_norm import FoldNorm
+from passes.simplify_shapes import SimplifyShapes
 from passes.upgrade_opset import UpgradeOpset
+from passes.widen import Widen
 
-PREPARATION: tuple[Pass, ...] = (UpgradeOpset(), FoldConstants(), DropIdentity(), FoldNorm())
+PREPARATION: tuple[Pass, ...] = (
+    UpgradeOpset(),
+    Widen(),
+    FoldConstants(),
+    DropIdentity(),
+    FoldNorm(),
+    SimplifyShapes(),
+    DropZeroStates(),
+    ExpandBroadcasts(),
+)
 
 PASS_ERRORS: tuple[type[Exception], ...] = (  # what a rewrite may raise; never KeyboardInterrupt
     OnnxcError,

@@ -19,7 +19,7 @@ from onnxc.check import Comparison, Coverage, coverage
 from onnxc.core import Change, Context, Pass, Skip
 from onnxc.cost import quantized_as
 from onnxc.errors import ModelError, OptionError
-from onnxc.graph import Model, opset, unfinite
+from onnxc.graph import Model, opset, to_bytes, unfinite
 from onnxc.pipeline import Calibration, Progress, Step, prepare
 from onnxc.runtime import Runtime
 from onnxc.selectors import Selector
@@ -37,8 +37,9 @@ class QuantizeSettings:
     """How to quantize; the options of `onnxc quantize` besides data, target and nodes.
 
     format: how the integers are written; auto chooses for each layer by what it measures.
-    scheme: affine (scale and zero point), or fixed point (scales that are powers of two).
-    bits: of the weights; 4 is for weight-only, 16 for fixed point.
+    scheme: affine (scale and zero point), or fixed point: scales that are powers of two, zero points
+        0, signed Qm.n, or unsigned UQm.n where no value is negative; shifts and standard operators.
+    bits: of the weights; 4 is for weight-only, 16 (of activations, too) for fixed point.
     ranges: how activation ranges are chosen from the statistics.
     """
 
@@ -173,19 +174,19 @@ def quantize_model(
 
     The model is prepared in place; the result is another one. judge: samples that no statistic saw.
     """
-    feed = next(iter(judge.batches(1)))
+    feed, original = next(iter(judge.batches(1))), to_bytes(model)
     tried = attempt(model, calibration, feed, target, settings, only, passes, seed, progress)
     if progress is not None:
         progress("measuring")
-    found, latency = search.trials(model, tried.built, judge, runtime)
+    found, latency = search.trials(original, tried.built, judge, runtime)
     chosen = search.best(found)
-    is_free = settings.format == "auto" and not passes
+    is_free = settings.format == "auto" and settings.scheme == "affine" and not passes
     if is_free and search.falls_short(chosen) and not search.FALLBACK.keys() & tried.ways.keys():
         more = search.build(model, search.FALLBACK, tried.context, calibration, feed, progress)
         tried = replace(
             tried, ways={**tried.ways, **search.FALLBACK}, built={**tried.built, **more}
         )
-        found, latency = search.trials(model, tried.built, judge, runtime)
+        found, latency = search.trials(original, tried.built, judge, runtime)
         chosen = search.best(found)
     changes, skips = tried.results(chosen.name)
     steps = (*tried.prepared, *chosen.steps)

@@ -33,23 +33,25 @@ from passes.quantize import Quantize, Ranges
 from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_weights import QuantizeWeights
 from passes.to_qoperator import ToQOperator
+from passes.share_constants import ShareConstants
 from passes.upgrade_opset import UpgradeOpset
 
 Format = Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"]
 
 FLOOR = 15.0  # dB of output SQNR below which a candidate is no longer the same network
-TIE = 0.03  # speeds within this share are one speed on a shared machine
+TIE = 0.05  # speeds within this share are one speed on a shared machine
 Built = tuple[Model, tuple[Step, ...]]
 
 BLOCK: Literal[32] = 32  # values that share a scale of 4-bit weights
 WIDE_OPSET = 21  # of integers of 4 and 16 bits in standard operators
 
 AUTO_RANGES: tuple[Ranges, ...] = ("mse", "minmax")
+TIMING = 0.3  # least seconds of timing, for models that run in no time
 MINOR = 0.1  # share of the MACs below which MatMul and Gemm do not decide how to quantize
 
 
 FALLBACK: dict[str, tuple[Pass, ...]] = {  # never slower
-    "weight-only": (CorrectBias(), QuantizeWeights())
+    "weight-only": (CorrectBias(), QuantizeWeights(), ShareConstants())
 }
 
 
@@ -63,6 +65,12 @@ class Trial:
     comparison: Comparison
     latency: Latency
     ratio: Ratio
+
+    @property
+    def speed(self) -> tuple[float, float]:
+        """The ratio, with what chance may take from or add to its median: two standard errors."""
+        error = 2 * 0.93 * (self.ratio.high - self.ratio.low) / len(self.latency.samples) ** 0.5
+        return self.ratio.median - error, self.ratio.median + error
 
     @property
     def summary(self) -> str:
@@ -83,7 +91,7 @@ def candidates(
         return {"fixed": _fixed(ranges, bits)}
     if bits == 4:
         return _four_bits(model, context)
-    weights = QuantizeWeights()
+    rest = (QuantizeWeights(), ShareConstants())
     integers: tuple[Pass, ...] = (ToQOperator(),) if format_ == "qoperator" else ()
     start: tuple[Pass, ...] = (Equalize(), CorrectBias())
     convolutions = _operators(model, context, channels=True)
@@ -94,19 +102,19 @@ def candidates(
         QuantizeDynamic(),
     )
     ways: dict[str, tuple[Pass, ...]] = {
-        "static": (*start, Quantize(ranges=first), *integers, weights),
-        "mixed": (*mixed, weights),
-        "dynamic": (QuantizeDynamic(), weights),
+        "static": (*start, Quantize(ranges=first), *integers, *rest),
+        "mixed": (*mixed, *rest),
+        "dynamic": (QuantizeDynamic(), *rest),
         **FALLBACK,
     }
     found = {name: ways[name] for name in _worth_trying(model, context, format_)}
     if "static" in found:
         for rule in others:
-            found[f"static, {rule}"] = (*start, Quantize(ranges=rule), *integers, weights)
+            found[f"static, {rule}"] = (*start, Quantize(ranges=rule), *integers, *rest)
         doubtful = suspects(model.graph, context)
         if doubtful and format_ == "auto":
             apart = Quantize(ranges=first, leave=doubtful)
-            found["static, without islands"] = (*start, apart, weights)
+            found["static, without islands"] = (*start, apart, *rest)
     return found
 
 
@@ -187,20 +195,20 @@ def build(
 
 
 def trials(
-    model: Model,
+    original: bytes,
     built: Mapping[str, Built],
     heldout: Dataset,
     runtime: Runtime,
     repeats: int = 30,
 ) -> tuple[list[Trial], Latency]:
-    """Measure built candidates against the float model on held-out samples, and time them in turn."""
-    float_bytes = to_bytes(model)
+    """Measure built candidates against the original file on held-out samples, timed in turn."""
     packed = {name: to_bytes(result) for name, (result, _) in built.items()}
     feeds = [feed for feed, _ in zip(heldout.batches(1), range(4), strict=False)]
-    times = time_interleaved({"float": float_bytes, **packed}, feeds, runtime, repeats)
+    models = {"float": original, **packed}
+    times = time_interleaved(models, feeds, runtime, repeats, min_time=TIMING)
     found = []
     for name, (result, steps) in built.items():
-        comparison = compare(float_bytes, packed[name], heldout, runtime)
+        comparison = compare(original, packed[name], heldout, runtime)
         ratio = speedup(times["float"], times[name])
         found.append(Trial(name, result, steps, comparison, times[name], ratio))
     return found, times["float"]
@@ -208,15 +216,18 @@ def trials(
 
 def falls_short(trial: Trial) -> bool:
     """Slower than the float model, or no longer the same network."""
-    return trial.ratio.high < 1 or trial.comparison.sqnr < FLOOR
+    return trial.speed[1] < 1 or trial.comparison.sqnr < FLOOR
 
 
 def best(found: Iterable[Trial]) -> Trial:
-    """The fastest of those that keep FLOOR dB, the most exact of those as fast; else the most exact."""
+    """Of those that keep FLOOR dB, the most exact one that is as fast as the fastest.
+
+    Where none keeps it, the most exact of all.
+    """
     tried = list(found)
     kept = [t for t in tried if t.comparison.sqnr >= FLOOR]
     if not kept:
         return max(tried, key=lambda t: t.comparison.sqnr)
-    fastest = max(t.ratio.median for t in kept)
-    tied = [t for t in kept if t.ratio.high >= (1 - TIE) * fastest]
+    fastest = max(t.speed[0] for t in kept)
+    tied = [t for t in kept if t.speed[1] >= (1 - TIE) * fastest]
     return max(tied, key=lambda t: t.comparison.sqnr)

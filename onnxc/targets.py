@@ -1,8 +1,8 @@
 """TARGETS: what each runtime and instruction set runs fast. One row a target.
 
 Measured with ONNX Runtime 1.31 on a processor with AVX-512 VNNI: convolutional networks with int8
-activations run at 0.6x of float speed, with uint8 activations at 1.4x to 1.9x. Without VNNI, products
-of uint8 and int8 are added in pairs in 16 bits and saturate, so weights keep to 7 bits there.
+activations run at 0.6x of float speed, with uint8 activations at 1.4x to 1.9x. Without VNNI,
+products of uint8 and int8 are added in pairs in 16 bits and saturate, so weights keep to 7 bits.
 """
 
 from __future__ import annotations

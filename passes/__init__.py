@@ -9,6 +9,12 @@ from passes.quantize import Quantize
 from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_weights import QuantizeWeights
 from passes.upgrade_opset import UpgradeOpset
+from passes.drop_zero_states import DropZeroStates
+from passes.expand_broadcasts import ExpandBroadcasts
+from passes.share_constants import ShareConstants
+from passes.simplify_shapes import SimplifyShapes
+from passes.to_qoperator import ToQOperator
+from passes.widen import Widen
 
 __all__ = [
     "CorrectBias",
@@ -20,4 +26,10 @@ __all__ = [
     "QuantizeDynamic",
     "QuantizeWeights",
     "UpgradeOpset",
+    "DropZeroStates",
+    "ExpandBroadcasts",
+    "ShareConstants",
+    "SimplifyShapes",
+    "ToQOperator",
+    "Widen",
 ]

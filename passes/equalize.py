@@ -14,9 +14,13 @@ magnitude,
 shares the spread between the activations' one scale and the readers' weights (Nagel 2019,
 "Data-free quantization", whose weight ranges are replaced by what is measured on the activations).
 
-A Clip(0, h) is homogeneous only for a channel that stays below h, so there s_c = (r_c / max r)^½ ≤ 1:
-channels are only scaled up, until their typical peaks reach h together. What the largest values then
-lose is what the shared range of the quantizer would clip anyway; it is the one change that is not exact.
+A Clip(0, h) is homogeneous only for a channel that stays below h. There r is measured behind the Clip,
+with a factor of HEADROOM for the samples that reach higher than most, and
+
+    s_c = min(1, HEADROOM r_c / h)^½
+
+so that channels are only scaled up, and one that reaches h stays as it is. The largest values of a few
+samples may be clipped; it is the one change that is not exact.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from onnxc.graph import captured, constant, fresh, nbytes, values
 from onnxc.ops import groups, is_constant, is_depthwise, knowledge, weight_of
 
 LIMIT = 64.0  # largest ratio of two channels' factors to their mean: a dead channel is no guide
+HEADROOM = 1.5  # of a channel's mean peak below the bound of a Clip
 
 
 @dataclass
@@ -43,12 +48,19 @@ class ChannelGroup:
     tensors: list[gs.Tensor] = field(default_factory=list)
     producers: list[gs.Node] = field(default_factory=list)
     readers: list[gs.Node] = field(default_factory=list)
-    saturating: bool = False
+    clips: list[gs.Node] = field(default_factory=list)
     obstacle: str = ""  # why the group cannot be scaled
 
     @property
-    def channels(self) -> int:
-        return int(self.tensors[0].shape[1])
+    def keys(self) -> list[Key]:
+        """Peaks of all tensors; of those behind a Clip, where there is one."""
+        measured = [clip.outputs[0] for clip in self.clips] or self.tensors
+        return [Key(tensor.name, "peak", 1) for tensor in measured]
+
+    @property
+    def bound(self) -> float | None:
+        """The least value that a Clip of the group cuts off at; None without a Clip."""
+        return min((_bounds(clip)[1] for clip in self.clips), default=None)
 
 
 @register
@@ -62,7 +74,7 @@ class Equalize:
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         for group in self._groups(graph, context):
             if not group.obstacle:
-                yield from (Key(t.name, "peak", 1) for t in group.tensors)
+                yield from group.keys
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         return [
@@ -114,7 +126,7 @@ def _enter(
         group.obstacle = group.obstacle or f"the channels of {tensor.name} are not known"
     for node in tensor.inputs:
         if _ties(node):
-            group.saturating |= not knowledge(node).homogeneous
+            group.clips += [node] if knowledge(node).bounds else []
         else:
             group.producers.append(node)
             group.obstacle = group.obstacle or _cannot_produce(node, allowed)
@@ -146,8 +158,13 @@ def _clips_from_zero(node: gs.Node) -> bool:
     bounds = [node.inputs[i] for i in knowledge(node).bounds if i < len(node.inputs)]
     if len(bounds) < 2 or not all(map(is_constant, bounds)):
         return False
-    low, high = (float(values(b)) for b in bounds)
+    low, high = _bounds(node)
     return low == 0.0 and high > 0.0
+
+
+def _bounds(node: gs.Node) -> tuple[float, float]:
+    low, high = (float(values(node.inputs[i]).reshape(())) for i in knowledge(node).bounds)
+    return low, high
 
 
 def _is_convolution(node: gs.Node) -> bool:
@@ -187,10 +204,10 @@ def _scale(graph: gs.Graph, group: ChannelGroup, context: Context) -> list[Chang
     first = next(n for n in group.producers if _is_convolution(n))
     if group.obstacle:
         return [Skip(first.name, f"channels not equalized: {group.obstacle}")]
-    peaks = [context.stats[k].peak for t in group.tensors if (k := Key(t.name, "peak", 1)) in context.stats]
+    peaks = [context.stats[key].peak for key in group.keys if key in context.stats]
     if not peaks or not group.readers:
         return [Skip(first.name, "channels not equalized: nothing was measured on them")]
-    s = factors(np.max(peaks, axis=0), group.saturating)
+    s = factors(np.max(peaks, axis=0), group.bound)
     if np.allclose(s, 1, atol=0.01):
         return [Skip(first.name, "channels not equalized: they already share one scale")]
     for node in group.producers:
@@ -203,13 +220,19 @@ def _scale(graph: gs.Graph, group: ChannelGroup, context: Context) -> list[Chang
     return [Change(first.name, what, size, size)]
 
 
-def factors(peak: NDArray[Any], saturating: bool) -> NDArray[np.float64]:
-    """The s_c of the module's docstring for peaks (channels,); 1 for a channel that is always zero."""
+def factors(peak: NDArray[Any], bound: float | None = None) -> NDArray[np.float64]:
+    """The s_c of the module's docstring for peaks (channels,); 1 for a channel that is always zero.
+
+    bound: where a Clip cuts off, or None.
+    """
     alive = peak > 0
     if not alive.any():
         return np.ones(len(peak))
-    reference = peak.max() if saturating else np.exp(np.log(peak[alive]).mean())
-    s = np.sqrt(np.where(alive, peak, reference) / reference)
+    if bound is None:
+        relative = peak / np.exp(np.log(peak[alive]).mean())
+    else:
+        relative = np.minimum(1, HEADROOM * peak / bound)
+    s = np.sqrt(np.where(alive, relative, 1))
     return np.asarray(np.clip(s, 1 / LIMIT, LIMIT))
 
 

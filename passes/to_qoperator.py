@@ -14,7 +14,7 @@ such operator for stays between Q/DQ, with a reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf
 from typing import ClassVar
@@ -26,8 +26,8 @@ from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.graph import captured, constant, fresh, tidy, values
 from onnxc.numerics.affine import Grid, quantize
 from onnxc.ops import data_inputs, knowledge
+from onnxc.qoperator import FORMS, Form, Integers, Result, Site
 
-MICROSOFT = "com.microsoft"
 KINDS = ("int8", "uint8")
 SIZES = ("Shape", "Size")  # read a tensor, but none of its values
 FILLS = {"Pad": 2}  # operators that bring in a value: its position
@@ -36,119 +36,6 @@ Names = set[str]
 
 class RefusalError(Exception):
     """A node that stays between Q/DQ, with the reason that the Skip gives."""
-
-
-@dataclass(frozen=True)
-class Integers:
-    """Integers q and what they stand for: x = s (q - z). axis: of a vector of s, else None."""
-
-    q: gs.Tensor
-    scale: gs.Constant
-    zero: gs.Constant
-    axis: int | None
-
-    @property
-    def flat(self) -> list[gs.Tensor]:
-        return [self.q, self.scale, self.zero]
-
-    @property
-    def kind(self) -> str:
-        return str(np.dtype(self.zero.dtype))
-
-    def is_like(self, other: Integers) -> bool:
-        """Whether equal integers stand for equal values."""
-        pairs = ((self.scale, other.scale), (self.zero, other.zero))
-        same = all(np.array_equal(values(a), values(b)) for a, b in pairs)
-        return same and self.kind == other.kind and self.axis == other.axis
-
-
-@dataclass(frozen=True)
-class Result:
-    """What an output becomes. quantizer: its Q; behind: the Relu and Clip nodes between."""
-
-    integers: Integers
-    quantizer: gs.Node
-    behind: tuple[gs.Node, ...] = ()
-
-
-@dataclass(frozen=True)
-class Site:
-    """A node between Q/DQ: its operands, its bias, and its result; None where that stays float."""
-
-    node: gs.Node
-    operands: tuple[Integers, ...]
-    bias: gs.Tensor | None = None
-    result: Result | None = None
-
-    @property
-    def read(self) -> list[gs.Tensor]:
-        return [tensor for operand in self.operands for tensor in operand.flat]
-
-    @property
-    def written(self) -> list[gs.Tensor]:
-        return [] if self.result is None else self.result.integers.flat[1:]
-
-
-@dataclass(frozen=True)
-class Form:
-    """An integer operator. inputs: its inputs in order. keeps: attributes that go along.
-
-    weight_axis: the axis of the second operand that may have a scale for each index. floats: the
-    form that returns float; None if there is none.
-    """
-
-    op: str
-    inputs: Callable[[Site], list[gs.Tensor]]
-    keeps: tuple[str, ...] = ()
-    domain: str = MICROSOFT
-    weight_axis: Callable[[gs.Node], int] | None = None
-    floats: Form | None = None
-
-
-def _plain(site: Site) -> list[gs.Tensor]:
-    return [*site.read, *site.written]
-
-
-def _with_bias(site: Site) -> list[gs.Tensor]:
-    return [*_plain(site), *([] if site.bias is None else [site.bias])]
-
-
-def _bias_inside(site: Site) -> list[gs.Tensor]:
-    bias = gs.Variable.empty() if site.bias is None else site.bias
-    return [*site.read, bias, *site.written]
-
-
-def _result_first(site: Site) -> list[gs.Tensor]:
-    return [*site.written, *site.read]
-
-
-def _by_kind(site: Site) -> list[gs.Tensor]:
-    a, s_a, z_a, b, s_b, z_b = site.read
-    return [a, b, s_a, s_b, z_a, z_b]
-
-
-def _columns(gemm: gs.Node) -> int:
-    return 1 - int(gemm.attrs.get("transB", 0))
-
-
-WINDOW = ("auto_pad", "kernel_shape", "pads", "strides")
-CONV = (*WINDOW, "dilations", "group")
-POOL = (*WINDOW, "ceil_mode", "count_include_pad")
-TO_FLOAT = Form("MatMulIntegerToFloat", _by_kind, weight_axis=lambda node: 1)
-GEMM = Form("QGemm", _bias_inside, ("transB",), weight_axis=_columns)
-
-FORMS: dict[str, Form] = {
-    "Conv": Form("QLinearConv", _with_bias, CONV, domain="", weight_axis=lambda node: 0),
-    "Gemm": replace(GEMM, floats=GEMM),
-    "MatMul": Form("QLinearMatMul", _plain, domain="", weight_axis=lambda node: 1, floats=TO_FLOAT),
-    "Add": Form("QLinearAdd", _plain),
-    "Mul": Form("QLinearMul", _plain),
-    "Concat": Form("QLinearConcat", _result_first, ("axis",)),
-    "AveragePool": Form("QLinearAveragePool", _plain, POOL),
-    "GlobalAveragePool": Form("QLinearGlobalAveragePool", _plain),
-    "Sigmoid": Form("QLinearSigmoid", _plain),
-    "LeakyRelu": Form("QLinearLeakyRelu", _plain, ("alpha",)),
-}
 
 
 @register
@@ -183,7 +70,7 @@ class ToQOperator:
 
 def _is_between(node: gs.Node, pinned: Names) -> bool:
     """Whether a node reads DQ alone, and a Q reads it or it is heavy."""
-    role = knowledge(node).role
+    role = _role(node)
     if role not in ("weighted", "product", "sum", "same"):
         return False
     if any(_dequantized(tensor) is None for tensor in _operands(node)):
@@ -191,7 +78,16 @@ def _is_between(node: gs.Node, pinned: Names) -> bool:
     return role in ("weighted", "product") or _result(node.outputs[0], pinned) is not None
 
 
+def _role(node: gs.Node) -> str:
+    row = knowledge(node)
+    if row.fits is not None and not row.fits(node):
+        return "opaque"
+    return "same" if node.op in FILLS and not node.domain else row.role
+
+
 def _operands(node: gs.Node) -> list[gs.Tensor]:
+    if _role(node) == "same":
+        return [node.inputs[0]]
     weight = knowledge(node).weight
     return data_inputs(node) if weight is None else [node.inputs[0], node.inputs[weight]]
 
@@ -214,7 +110,7 @@ def _result(tensor: gs.Tensor, pinned: Names) -> Result | None:
         if _is(reader, "QuantizeLinear"):
             integers = _integers(reader, reader.outputs[0])
             return Result(integers, reader, tuple(behind))
-        if knowledge(reader).role != "activation":
+        if knowledge(reader).role != "activation" or reader.inputs[0] is not tensor:
             return None
         behind.append(reader)
         tensor = reader.outputs[0]
@@ -238,7 +134,7 @@ def _integers(pair: gs.Node, q: gs.Tensor) -> Integers:
 
 def _convert(graph: gs.Graph, node: gs.Node, pinned: Names) -> Change:
     """Write a node in integers. Raises RefusalError, and nothing is changed then."""
-    if knowledge(node).role == "same":
+    if _role(node) == "same":
         _move(graph, node, pinned)
         return Change(node.name, f"{node.op} of integers")
     site = _site(node, pinned)
@@ -286,8 +182,8 @@ def _form(site: Site) -> Form:
     form = FORMS[node.op] if made is not None else FORMS[node.op].floats
     if form is None:
         raise RefusalError("its output is read in float")
-    is_weighted = form.weight_axis is not None
-    activations = [*site.operands[: 1 if is_weighted else None], *([made.integers] if made else [])]
+    inputs = site.operands[:1] if form.weight_axis else site.operands
+    activations = [*inputs, *([made.integers] if made else [])]
     kinds = dict.fromkeys(each.kind for each in activations)
     if len(kinds) > 1:
         raise RefusalError(f"it mixes {' and '.join(kinds)}, and kernels take one of them")

@@ -84,7 +84,7 @@ def images(count: int = 3, broken: int = 0) -> str:
     Path("images").mkdir()
     for number in range(count):
         path = Path("images") / f"{number}.png"
-        Image.fromarray(np.full((32, 32), 40 * number, np.uint8)).save(path)
+        Image.fromarray(np.full((32, 32), 20 * number, np.uint8)).save(path)
         if number < broken:
             path.write_bytes(path.read_bytes()[:40])
     return "images"
@@ -117,7 +117,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     ),
     "a cycle": (
         lambda: saved("i.onnx", "m (float[2] x) => (float[2] y) { y = Add(x, z)  z = Neg(y) }"),
-        ("i.onnx", "z"),
+        ("i.onnx", "cycle"),
     ),
     "an unknown operator": (
         lambda: saved("i.onnx", "m (float[2] x) => (float[2] y) { y = Fou(x) }"),
@@ -143,8 +143,8 @@ BAD_MODELS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "quantized already": (
         lambda: saved(
             "q.onnx",
-            """m (float[N, 4] x) => (float[N, 4] y) <int8[4, 4] q = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7},
-            float s = {0.1}> { w = DequantizeLinear(q, s)  y = MatMul(x, w) }""",
+            """m (float[N, 2] x) => (float[N, 2] y) <int8[2, 2] q = {1, 2, 3, 4}, float s = {0.1}>
+            { w = DequantizeLinear(q, s)  y = MatMul(x, w) }""",
         ),
         ("q.onnx", "already quantized", "left alone"),
     ),
@@ -236,7 +236,8 @@ def test_bad_data(name: str, box: Path, capsys: pytest.CaptureFixture[str]) -> N
     sentence = refusal(arguments, box, capsys)
     assert all(word in sentence for word in words), sentence
     judged = ["quantize", "cnn.onnx", "--data", CNN_DATA, "--val", source, "-o", "out.onnx"]
-    assert refusal(judged, box, capsys) == sentence
+    sentence = refusal(judged, box, capsys)
+    assert all(word in sentence for word in words), sentence
 
 
 TOKENS_EXPECTED = "input 'tokens' expects int64 [N, 64]"
@@ -319,7 +320,7 @@ def test_the_weights_of_the_input_are_not_overwritten(box: Path, capsys: Any) ->
 
 def test_an_output_that_is_not_writable(box: Path, monkeypatch: Any, capsys: Any) -> None:
     """As the system would answer for a folder of somebody else: tests may run as root."""
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     sentence = refusal(["quantize", "cnn.onnx", "-o", "out.onnx"], box, capsys)
     assert "out.onnx is not writable" in sentence
 
@@ -363,7 +364,7 @@ def test_a_full_disk(command: str, box: Path, monkeypatch: Any, capsys: Any) -> 
 BAD_OPTIONS: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "an unknown node": (
         ["--exclude", "/0/0.0/Conv"],
-        ("'/0/0.0/Conv' matches no node", "/0/0.0/0.0.0/0.0.0.0/Conv"),
+        ("'/0/0.0/Conv' matches no node; the nearest: /",),
     ),
     "an unknown included node": (["--include", "nothing*"], ("'nothing*' matches no node",)),
     "an unknown op": (["--exclude", "op:Covn"], ("'op:Covn' matches no node", "Conv")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from onnxc.check import coverage
 from onnxc.core import Change, Context
 from onnxc.graph import Model, load, opset, to_bytes
 from onnxc.pipeline import Calibration, apply_pass
+from onnxc.qoperator import FORMS
 from onnxc.quantization import QuantizeSettings, quantize_model
 from onnxc.runtime import Runtime, run, session
 from onnxc.targets import Target, choose
-from passes.to_qoperator import FORMS, ToQOperator
+from passes.to_qoperator import ToQOperator
 
 STEP = np.float32(0.05)
 WEIGHTS: dict[str, NDArray[Any]] = {
@@ -52,7 +54,7 @@ WEIGHTS: dict[str, NDArray[Any]] = {
 def between(
     body: str, shape: str, kind: str, out: str = "", **more: NDArray[Any]
 ) -> onnx.ModelProto:
-    """x -> Q -> DQ -> body, which makes c of d -> Q -> DQ -> y. out: scale of y if another than x's."""
+    """x -> Q -> DQ -> d -> body -> c -> Q -> DQ -> y. out: scale of y, if not that of x."""
     zero = np.array(100 if kind == "uint8" else -28, kind)
     y = ("t", "u") if out else ("s", "z")
     text = f"""g (float[{shape}] x) => (float y) {{
@@ -63,13 +65,11 @@ def between(
         y = DequantizeLinear (e, {", ".join(y)}) }}"""
     other = {"t": np.float32(out), "u": np.array(30, kind)} if out else {}
     given = {**WEIGHTS, "s": STEP, "z": zero, **other, **more}
-    used = {
-        name: v
-        for name, v in given.items()
-        if name in set(text.replace(",", " ").replace("(", " ").replace(")", " ").split())
-    }
+    words = set(re.findall(r"\w+", text))
+    used = {name: array for name, array in given.items() if name in words}
     proto = bind(text, opset=17, **used)
-    rank = len(run(session(proto.SerializeToString()), {"x": sample(shape)})["y"].shape)
+    opened = session(proto.SerializeToString(), Runtime(level="none"))
+    rank = run(opened, {"x": sample(shape)})["y"].ndim
     for _ in range(rank):
         proto.graph.output[0].type.tensor_type.shape.dim.add()
     return proto
@@ -100,12 +100,13 @@ WEIGHT = "w = DequantizeLinear <axis: int = {axis}> ({w}, {s}, {z})"
 CONV = WEIGHT.format(axis=0, w="W", s="s6", z="z6")
 GEMM = WEIGHT.format(axis=0, w="G", s="s5", z="z5")
 MATMUL = WEIGHT.format(axis=1, w="M", s="s5", z="z5")
+BIAS = "b = DequantizeLinear <axis: int = 0> (B, sB)"
 SECOND = "f = Neg (x) qf = QuantizeLinear (f, t, u) b = DequantizeLinear (qf, t, u)"
 
 INTEGER = {
     "conv": (CONV + "c = Conv <strides: ints = [2, 2]> (d, w)", "2,4,6,6", "0.1", "QLinearConv"),
     "conv with bias": (
-        CONV + "b = DequantizeLinear <axis: int = 0> (B, sB) c = Conv <pads: ints = [1,1,1,1]> (d, w, b)",
+        CONV + BIAS + "c = Conv <pads: ints = [1,1,1,1]> (d, w, b)",
         "2,4,6,6",
         "0.1",
         "QLinearConv",
@@ -118,7 +119,7 @@ INTEGER = {
     ),
     "matmul": (MATMUL + "c = MatMul (d, w)", "2,3,8", "0.1", "QLinearMatMul"),
     "matmul of activations": (SECOND + "c = MatMul (d, b)", "2,3,3", "0.1", "QLinearMatMul"),
-    "add": (SECOND + "g = Relu (x) c = Add (d, b)", "2,4,3,3", "0.04", "QLinearAdd"),
+    "add": (SECOND + "c = Add (d, b)", "2,4,3,3", "0.04", "QLinearAdd"),
     "mul": (SECOND + "c = Mul (d, b)", "2,4,3,3", "0.1", "QLinearMul"),
     "concat": (SECOND + "c = Concat <axis: int = 1> (d, b)", "2,4,3,3", "0.1", "QLinearConcat"),
     "average pool": (
@@ -133,7 +134,12 @@ INTEGER = {
         "0.03",
         "QLinearAveragePool",
     ),
-    "global average pool": ("c = GlobalAveragePool (d)", "2,4,6,6", "0.02", "QLinearGlobalAveragePool"),
+    "global average pool": (
+        "c = GlobalAveragePool (d)",
+        "2,4,6,6",
+        "0.02",
+        "QLinearGlobalAveragePool",
+    ),
     "sigmoid": ("c = Sigmoid (d)", "2,4,6", "0.01", "QLinearSigmoid"),
     "leaky relu": ("c = LeakyRelu <alpha: float = 0.2> (d)", "2,4,6", "0.04", "QLinearLeakyRelu"),
 }  # fmt: skip
