@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxc.api import QuantizeSettings as QuantizeSettings
     from onnxc.api import benchmark as benchmark
     from onnxc.api import calibrate as calibrate
     from onnxc.api import inspect as inspect
     from onnxc.api import load as load
+    from onnxc.api import preview as preview
     from onnxc.api import quantize as quantize
     from onnxc.api import save as save
     from onnxc.api import validate as validate
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from onnxc.errors import OptionError as OptionError
 
 _HOMES = {
-    "onnxc.api": ("benchmark", "calibrate", "inspect", "load", "quantize", "save", "validate"),
+    "onnxc.api": (
+        *("QuantizeSettings", "benchmark", "calibrate", "inspect", "load", "preview"),
+        *("quantize", "save", "validate"),
+    ),
     "onnxc.errors": ("DataError", "ModelError", "OnnxcError", "OptionError"),
 }
 _EXPORTS = {name: home for home, names in _HOMES.items() for name in names}

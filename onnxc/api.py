@@ -112,6 +112,7 @@ def quantize(
             runtime,
             job.recipe.seed,
             say,
+            job.validation,
         )
     missed = missed_bounds(found.comparison, max_drop)
     is_written = not (strict and missed)
@@ -180,16 +181,20 @@ class _Job:
     val: Any
     calibration: Calibration
     judge: Dataset
+    validation: Dataset | None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about the model and the data; complete once all samples were read."""
         kept = self.calibration.dataset
-        counts = f"calibrated on {len(kept)} samples, judged on {len(self.judge)} "
-        whose = "of the validation data" if self.val is not None else "held out of them"
-        where = "others, synthesized too" if self.source is None else whose
-        judged = (f"validation data: {n}" for n in self.judge.notes if self.val is not None)
-        return (counts + where, *self.model.notes, *kept.notes, *judged)
+        whose = "others, synthesized too" if self.source is None else "held out of them"
+        counts = f"calibrated on {len(kept)} samples, judged on {len(self.judge)} {whose}"
+        if self.validation is None:
+            return (counts, *self.model.notes, *kept.notes)
+        counts = counts.replace("judged", "chosen")
+        counts += f", judged on {len(self.validation)} of the validation data"
+        notes = (f"validation data: {note}" for note in self.validation.notes)
+        return (counts, *self.model.notes, *kept.notes, *notes)
 
 
 def _job(
@@ -216,33 +221,36 @@ def _job(
     check_output(place, *external_files(path))
     check_input(opened, str(path))
     only = given.only.resolve(opened.graph)
-    kept, judge = _samples(path, source, val, given, runtime)
+    kept, judge, validation = _samples(path, source, val, given, runtime)
     memory = given.calibration.max_memory or max(LEAST_MEMORY, FILE_COPIES * file_bytes(path))
     exact = replace(
         given, target=row.name, calibration=replace(given.calibration, max_memory=memory)
     )
     calibration = Calibration(kept, memory, threads=THREADS)
-    return _Job(path, place, opened, row, only, exact, source, val, calibration, judge)
+    return _Job(
+        path, place, opened, row, only, exact, source, val, calibration, judge, validation
+    )
 
 
 def _samples(
     path: Path, source: Any, val: Any, recipe: Recipe, runtime: Runtime
-) -> tuple[Dataset, Dataset]:
-    """Samples to calibrate on, and others to judge by; the model was run on one of each."""
+) -> tuple[Dataset, Dataset, Dataset | None]:
+    """Samples to calibrate on, to choose by and to validate with; the model was run on some."""
     specs, seed = input_specs(path), recipe.seed
     images, count = recipe.calibration.preprocess, recipe.calibration.samples
     if source is None:
         kept = synthesize(specs, count or MADE_UP, seed)
         held = synthesize(specs, count or MADE_UP, seed + 1)
+        _try_out(path, kept, runtime)
     else:
-        kept = open_data(source, specs, images, count, seed)
-    _try_out(path, kept, runtime)
-    if val is not None:
-        held = open_data(val, specs, images, None, seed)
-        _try_out(path, held, runtime)
-    elif source is not None:
-        kept, held = split(kept)
-    return kept, held
+        samples = open_data(source, specs, images, count, seed)
+        _try_out(path, samples, runtime)
+        kept, held = split(samples)
+    if val is None:
+        return kept, held, None
+    validation = open_data(val, specs, images, None, seed)
+    _try_out(path, validation, runtime)
+    return kept, held, validation
 
 
 def _try_out(path: Path, dataset: Dataset, runtime: Runtime) -> None:

@@ -8,10 +8,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -21,6 +24,7 @@ from onnxc import refuse_strangers
 from onnxc.errors import OnnxcError
 
 GOOD, MISSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+GRACE = 1.0  # seconds to clean up in
 STOPPED = "Interrupted; no partial file was left."
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -33,32 +37,44 @@ class StoppedError(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code."""
-    with stoppable():
+    former = {number: signal.getsignal(number) for number in SIGNALS}
+    heeded = [n for n, handler in former.items() if handler is not signal.SIG_IGN]  # not by nohup
+    _handle(dict.fromkeys(heeded, _leave))
+    with suppress(ImportError):  # told by `run`
+        refuse_strangers()
+        import_module("onnxc.commands")
+    with stoppable(heeded):
         code = run(arguments)
+    _handle(former)
     sys.exit(code)
 
 
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Unwind the block at the first signal, and leave with 128 + its number; ignore later ones.
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End at once: while libraries are loaded there is nothing to clean, and some catch all."""
+    _say(STOPPED, 0)
+    os._exit(128 + number)
 
-    What unwinds removes its temporary files, so that a second signal must not cut it short.
+
+@contextmanager
+def stoppable(signals: Iterable[int]) -> Iterator[None]:
+    """Unwind the block at the first of these signals, and leave with 128 + its number.
+
+    What unwinds removes its temporary files, so signals that follow within GRACE are ignored.
     """
-    received: list[int] = []
-    former = {number: signal.getsignal(number) for number in SIGNALS}
+    received: list[tuple[int, float]] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        _handle(dict.fromkeys(SIGNALS, signal.SIG_IGN))
-        received.append(number)
-        raise StoppedError
+        now = time.monotonic()
+        if not received or now - received[-1][1] > GRACE:
+            received.append((number, now))
+            raise StoppedError
 
-    _handle({n: stop for n, handler in former.items() if handler is not signal.SIG_IGN})
+    _handle(dict.fromkeys(signals, stop))
     try:
         yield
     finally:
         if received:  # whatever libraries made of the exception on its way
-            sys.exit(_say(STOPPED, 128 + received[0]))
-        _handle(former)
+            sys.exit(_say(STOPPED, 128 + received[0][0]))
 
 
 def _handle(handlers: Mapping[int, Any]) -> None:

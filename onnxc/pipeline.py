@@ -31,6 +31,7 @@ from passes.drop_zero_states import DropZeroStates
 from passes.expand_broadcasts import ExpandBroadcasts
 from passes.fold_constants import FoldConstants
 from passes.fold_norm import FoldNorm
+from passes.merge_bias import MergeBias
 from passes.simplify_shapes import SimplifyShapes
 from passes.upgrade_opset import UpgradeOpset
 from passes.widen import Widen
@@ -41,6 +42,7 @@ PREPARATION: tuple[Pass, ...] = (
     FoldConstants(),
     DropIdentity(),
     FoldNorm(),
+    MergeBias(),
     SimplifyShapes(),
     DropZeroStates(),
     ExpandBroadcasts(),

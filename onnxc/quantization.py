@@ -2,8 +2,8 @@
 
     load -> prepare -> build candidates -> measure on held-out samples -> choose -> prove -> save
 
-A part of the samples is held out: no statistic ever sees it, and every figure of the report is
-measured on it, or on validation data where the user gives some.
+A part of the samples is held out: no statistic ever sees it, and candidates are chosen by it. The
+figures of the report are measured on it too, or on validation data where the user gives some.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from calib.data import Dataset
 from onnxc import search
 from onnxc.bench import Latency, Ratio
-from onnxc.check import Comparison, Coverage, coverage
+from onnxc.check import Comparison, Coverage, compare, coverage
 from onnxc.core import Change, Context, Pass, Skip
 from onnxc.cost import quantized_as
 from onnxc.errors import ModelError, OptionError
@@ -37,7 +37,7 @@ class QuantizeSettings:
     """How to quantize; the options of `onnxc quantize` besides data, target and nodes.
 
     format: how the integers are written; auto chooses for each layer by what it measures.
-    scheme: affine (scale and zero point), or fixed point: scales that are powers of two, zero points
+    scheme: affine (scale and zero point), or fixed point: scales that are powers of two, zero point
         0, signed Qm.n, or unsigned UQm.n where no value is negative; shifts and standard operators.
     bits: of the weights; 4 is for weight-only, 16 (of activations, too) for fixed point.
     ranges: how activation ranges are chosen from the statistics.
@@ -169,10 +169,13 @@ def quantize_model(
     runtime: Runtime = Runtime(),
     seed: int = 0,
     progress: Progress | None = None,
+    validation: Dataset | None = None,
 ) -> Quantized:
     """Quantize a model, choosing among the candidates that fit `settings`, or with given passes.
 
-    The model is prepared in place; the result is another one. judge: samples that no statistic saw.
+    The model is prepared in place; the result is another one. judge: samples that no statistic saw;
+    candidates are chosen by them. validation: samples that no choice saw either; the verdict is given
+    on them, or on `judge` where there are none.
     """
     feed, original = next(iter(judge.batches(1))), to_bytes(model)
     tried = attempt(model, calibration, feed, target, settings, only, passes, seed, progress)
@@ -188,6 +191,9 @@ def quantize_model(
         )
         found, latency = search.trials(original, tried.built, judge, runtime)
         chosen = search.best(found)
+    comparison = chosen.comparison
+    if validation is not None:
+        comparison = compare(original, to_bytes(chosen.model), validation, runtime)
     changes, skips = tried.results(chosen.name)
     steps = (*tried.prepared, *chosen.steps)
     failed = tuple(f"{s.name} was undone: {p}" for s in steps for p in s.problems)
@@ -197,7 +203,7 @@ def quantize_model(
         changes,
         skips,
         (*_choice(found, chosen), *failed, *calibration.notes),
-        chosen.comparison,
+        comparison,
         coverage(chosen.model, runtime),
         latency,
         chosen.latency,

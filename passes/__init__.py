@@ -5,6 +5,7 @@ from passes.drop_identity import DropIdentity
 from passes.equalize import Equalize
 from passes.fold_constants import FoldConstants
 from passes.fold_norm import FoldNorm
+from passes.merge_bias import MergeBias
 from passes.quantize import Quantize
 from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_weights import QuantizeWeights
@@ -22,6 +23,7 @@ __all__ = [
     "Equalize",
     "FoldConstants",
     "FoldNorm",
+    "MergeBias",
     "Quantize",
     "QuantizeDynamic",
     "QuantizeWeights",

@@ -72,6 +72,8 @@ def _has_place(node: gs.Node) -> bool:
 
 def _correct(graph: gs.Graph, node: gs.Node, context: Context) -> Change | Skip:
     drift = np.asarray(context.stats[_key(node)], np.float64)
+    if not drift.any():
+        return Skip(node.name, "bias not corrected: the mean of its output stays as it is")
     position = knowledge(node).bias
     assert position is not None
     old = node.inputs[position] if position < len(node.inputs) else None
@@ -86,6 +88,6 @@ def _correct(graph: gs.Graph, node: gs.Node, context: Context) -> Change | Skip:
         node.inputs[position] = replacement
     else:
         node.inputs.append(replacement)
-    shift = float(np.abs(drift).max()) if drift.size else 0.0
+    shift = float(np.abs(drift).max())
     what = f"bias corrected by up to {shift:.2g}"
     return Change(node.name, what, nbytes(old) if isinstance(old, gs.Constant) else 0, new.nbytes)

@@ -80,6 +80,9 @@ def _widen(graph: gs.Graph, weights: set[int]) -> None:
     casts += _widen_constants(graph, weights)
     ports = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
     narrowed = [_narrowed(graph, t) for t in graph.outputs if _is_half(t) and t.inputs]
+    for body in (inner for inner in walk(graph) if inner is not graph):
+        for tensor in filter(_is_half, (*body.inputs, *body.outputs)):
+            tensor.name = fresh(graph, f"{tensor.name}_widened")  # the old name's type is declared
     for inner in walk(graph):
         for tensor in _variables(inner):
             if _is_half(tensor) and id(tensor) not in ports:

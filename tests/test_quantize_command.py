@@ -25,6 +25,7 @@ from onnxc.runtime import Runtime, session
 MODELS = Path(__file__).resolve().parents[1] / "models"
 CNN, CNN_DATA = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn_calib.npz"
 CNN_VAL = MODELS / "digits_cnn_val.npz"
+TEN = "ten.npz"  # validation samples, written by the test
 TOKENS, TOKEN_DATA = MODELS / "digits_transformer.onnx", MODELS / "digits_transformer_calib.npz"
 
 
@@ -47,18 +48,19 @@ def report_of(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0
 @pytest.mark.parametrize(
     ("model", "data", "extra"),
     [
-        (CNN, CNN_DATA, []),
-        (CNN, CNN_DATA, ["--val", CNN_VAL]),
+        (CNN, CNN_DATA, ["--samples", 40]),
+        (CNN, CNN_DATA, ["--samples", 20, "--val", TEN]),
         (CNN, CNN_DATA, ["--samples", 40, "--seed", 3, "--exclude", "op:Gemm"]),
         (CNN, None, ["--format", "qdq", "--ranges", "minmax"]),
-        (TOKENS, TOKEN_DATA, []),
-        (TOKENS, TOKEN_DATA, ["--bits", 4]),
+        (TOKENS, TOKEN_DATA, ["--samples", 40]),
+        (TOKENS, TOKEN_DATA, ["--samples", 40, "--bits", 4]),
     ],
     ids=["cnn", "validation", "choices", "no data", "tokens", "4 bits"],
 )
 def test_the_recipe_of_a_report_replays_it_byte_for_byte(
     model: Path, data: Path | None, extra: list[Any], capsys: Any
 ) -> None:
+    np.savez(TEN, image=np.load(CNN_VAL)["image"][:10].astype(np.float32))
     given = ["--data", data] if data else []
     found = report_of(capsys, "quantize", model, *given, "-o", "1.onnx", *extra)
     Path("r.toml").write_text(found["recipe"])

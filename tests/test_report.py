@@ -14,8 +14,8 @@ from rich.console import Console
 
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage, Fidelity, Kernel
-from onnxc.core import Change, Skip
 from onnxc.console import count_text, render, render_preview, render_validation, size_text
+from onnxc.core import Change, Skip
 from onnxc.report import (
     Effect,
     Measure,
