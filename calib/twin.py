@@ -32,7 +32,7 @@ from onnxc.graph import Model, to_proto
 from onnxc.runtime import Runtime, run, session
 
 ENOUGH = 4  # samples of a batch: the means of fewer follow the sample, not the data
-LIVE = 256 * MIB  # activations of a batch
+LIVE = 128 * MIB  # activations of a batch
 
 
 def drift(

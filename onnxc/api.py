@@ -8,43 +8,49 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from calib import merge
 from calib.collect import collect
-from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
+from calib.data import Preprocess, open_data
 from onnxc import recipe as recipes
 from onnxc.bench import speedup, time_interleaved
 from onnxc.check import compare, coverage
 from onnxc.core import Key
 from onnxc.cost import FLOATS, external_files, file_bytes, inspect, type_name
-from onnxc.errors import DataError, ModelError, OptionError
-from onnxc.fidelity import check_labels
+from onnxc.errors import OptionError
 from onnxc.graph import Model, load, save, to_bytes
-from onnxc.paths import check_folder, check_output, default_output, existing
-from onnxc.pipeline import Calibration
+from onnxc.paths import check_folder, check_output, existing
 from onnxc.quantization import (
-    THREADS,
     Attempt,
     Quantized,
     QuantizeSettings,
     attempt,
-    check_input,
     quantize_model,
-    split,
 )
 from onnxc.recipe import Recipe
 from onnxc.report import Benchmark, Calibrated, Effect, Measure, Preview, Report, Validation
-from onnxc.runtime import LEVELS, Runtime, dtype_of, provider_name, run, session
-from onnxc.selectors import Selector
+from onnxc.request import (
+    FEEDS,
+    Job,
+    ModelPath,
+    Progress,
+    check_runtime,
+    check_same_inputs,
+    checked,
+    enough_memory,
+    input_specs,
+    naming,
+    open_feeds,
+    silent,
+    try_out,
+)
+from onnxc.runtime import Runtime
 from onnxc.shapes import infer
-from onnxc.targets import Target
-from onnxc.targets import choose as choose_target
 from onnxc.vectors import write_vectors
 
 __all__ = [
@@ -59,15 +65,8 @@ __all__ = [
     "validate",
 ]
 
-ModelPath = str | Path
-Progress = Callable[[str], None]
-
 DEFAULTS = QuantizeSettings()
 NO_DATA = "made without data: ranges come from synthesized input and fit no real one; give --data"
-LEAST_MEMORY = 400_000_000  # bytes of the process during calibration, where none are asked for
-FILE_COPIES = 6  # or this many times the model, for large ones
-FEEDS = 8  # samples that a benchmark takes in turn
-MADE_UP = 16  # samples for a calibration without data
 PREVIEWED = 4  # samples that a preview calibrates on: the effect on nodes needs no good ranges
 
 
@@ -98,9 +97,11 @@ def quantize(
     Raises ModelError, DataError or OptionError; nothing is written then.
     """
     start = time.perf_counter()
-    say = progress or _silent
-    job = _job(model, data, val, output, recipe, settings, runtime, say, override)
-    with _naming(job.path):
+    say = progress or silent
+    job = checked(model, data, val, output, recipe, settings, runtime, say, override)
+    if max_drop is not None:  # told now where there are no classes
+        missed_bounds(compare(job.path, job.path, job.judge.subset([0]), runtime), max_drop)
+    with naming(job.path):
         found = quantize_model(
             job.model,
             job.calibration,
@@ -139,14 +140,14 @@ def preview(
 
     Takes and raises what `quantize` does. Nothing is measured, and few samples are read.
     """
-    say = progress or _silent
-    job = _job(model, data, val, output, recipe, settings, runtime, say, override)
+    say = progress or silent
+    job = checked(model, data, val, output, recipe, settings, runtime, say, override)
     kept = job.calibration.dataset
     few = kept.subset([i * len(kept) // PREVIEWED for i in range(min(PREVIEWED, len(kept)))])
     calibration = replace(job.calibration, dataset=few)
     feed = next(iter(few.batches(1)))
     passes, seed = job.recipe.passes, job.recipe.seed
-    with _naming(job.path):
+    with naming(job.path):
         tried = attempt(
             job.model, calibration, feed, job.target, settings, job.only, passes, seed, say
         )
@@ -164,109 +165,7 @@ def _effect(tried: Attempt, name: str) -> Effect:
     return Effect(quantized, helping, tuple(dict.fromkeys(skips)))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A checked request to quantize: nothing long has been done yet.
-
-    source, val: as given, or as the recipe says. recipe: with the options in place.
-    """
-
-    path: Path
-    output: Path
-    model: Model
-    target: Target
-    only: Selector
-    recipe: Recipe
-    source: Any
-    val: Any
-    calibration: Calibration
-    judge: Dataset
-    validation: Dataset | None
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences about the model and the data; complete once all samples were read."""
-        kept = self.calibration.dataset
-        whose = "others, synthesized too" if self.source is None else "held out of them"
-        counts = f"calibrated on {len(kept)} samples, judged on {len(self.judge)} {whose}"
-        if self.validation is None:
-            return (counts, *self.model.notes, *kept.notes)
-        counts = counts.replace("judged", "chosen")
-        counts += f", judged on {len(self.validation)} of the validation data"
-        notes = (f"validation data: {note}" for note in self.validation.notes)
-        return (counts, *self.model.notes, *kept.notes, *notes)
-
-
-def _job(
-    model: ModelPath,
-    data: Any,
-    val: Any,
-    output: ModelPath | None,
-    recipe: Recipe | None,
-    settings: QuantizeSettings,
-    runtime: Runtime,
-    say: Progress,
-    override: dict[str, Any],
-) -> _Job:
-    """Check everything that can be checked at once, the cheapest first."""
-    path = existing(model)
-    _check_runtime(runtime)
-    given = recipes.override(recipe or Recipe(), data=_text(data), val=_text(val), **override)
-    row = choose_target(given.target)
-    source = data if data is not None else given.calibration.data
-    val = val if val is not None else given.calibration.val
-    place = check_output(output or default_output(path, settings.bits), path, source, val)
-    say("loading")
-    opened = load(path)
-    check_output(place, *external_files(path))
-    check_input(opened, str(path))
-    only = given.only.resolve(opened.graph)
-    kept, judge, validation = _samples(path, source, val, given, runtime)
-    memory = given.calibration.max_memory or max(LEAST_MEMORY, FILE_COPIES * file_bytes(path))
-    exact = replace(
-        given, target=row.name, calibration=replace(given.calibration, max_memory=memory)
-    )
-    calibration = Calibration(kept, memory, threads=THREADS)
-    return _Job(
-        path, place, opened, row, only, exact, source, val, calibration, judge, validation
-    )
-
-
-def _samples(
-    path: Path, source: Any, val: Any, recipe: Recipe, runtime: Runtime
-) -> tuple[Dataset, Dataset, Dataset | None]:
-    """Samples to calibrate on, to choose by and to validate with; the model was run on some."""
-    specs, seed = input_specs(path), recipe.seed
-    images, count = recipe.calibration.preprocess, recipe.calibration.samples
-    if source is None:
-        kept = synthesize(specs, count or MADE_UP, seed)
-        held = synthesize(specs, count or MADE_UP, seed + 1)
-        _try_out(path, kept, runtime)
-    else:
-        samples = open_data(source, specs, images, count, seed)
-        _try_out(path, samples, runtime)
-        kept, held = split(samples)
-    if val is None:
-        return kept, held, None
-    validation = open_data(val, specs, images, None, seed)
-    _try_out(path, validation, runtime)
-    return kept, held, validation
-
-
-def _try_out(path: Path, dataset: Dataset, runtime: Runtime) -> None:
-    """Run the model once, so that data which do not fit it are told before the long work."""
-    feed = next(iter(dataset.batches(1)))
-    with _naming(path):
-        try:
-            outputs = run(session(path, runtime), feed)
-        except ModelError as error:
-            expected = "; ".join(spec.expects for spec in dataset.inputs)
-            raise DataError(f"{path} does not run on the data: {error} ({expected})") from error
-    if dataset.labels is not None:
-        check_labels(dataset.labels, outputs)
-
-
-def _report(job: _Job, found: Quantized, missed: tuple[str, ...], is_written: bool) -> Report:
+def _report(job: Job, found: Quantized, missed: tuple[str, ...], is_written: bool) -> Report:
     size = file_bytes(job.output) if is_written else len(to_bytes(found.model))
     return Report(
         model=str(job.path),
@@ -310,17 +209,17 @@ def validate(
 
     Raises ModelError, DataError or OptionError; nothing is written then.
     """
-    say = progress or _silent
+    say = progress or silent
     first, second = existing(reference), existing(candidate)
-    _check_runtime(runtime)
+    check_runtime(runtime)
     folder = None if save_vectors is None else check_folder(Path(save_vectors))
-    _check_same_inputs(first, second)
-    dataset = _dataset(first, data, preprocess, samples, seed)
+    check_same_inputs(first, second)
+    dataset = open_feeds(first, data, preprocess, samples, seed)
     for path in (first, second):
-        _try_out(path, dataset, runtime)
+        try_out(path, dataset, runtime)
     say("comparing")
-    with _naming(second):
-        comparison = compare(first, second, dataset, runtime)
+    with naming(second):
+        comparison = compare(first, second, dataset, runtime, progress=_counting(say, "comparing"))
     say("timing")
     feeds = list(islice(dataset.batches(1), FEEDS))
     times = time_interleaved({"before": first, "after": second}, feeds, runtime)
@@ -362,13 +261,13 @@ def benchmark(
     paths = [existing(model) for model in models]
     if not paths:
         raise OptionError("there is no model to time")
-    _check_runtime(runtime)
+    check_runtime(runtime)
     for path in paths[1:]:
-        _check_same_inputs(paths[0], path)
-    dataset = _dataset(paths[0], data, preprocess, batch * max(1, FEEDS // batch), seed)
+        check_same_inputs(paths[0], path)
+    dataset = open_feeds(paths[0], data, preprocess, batch * max(1, FEEDS // batch), seed)
     for path in paths:
-        _try_out(path, dataset, runtime)
-    (progress or _silent)("timing")
+        try_out(path, dataset, runtime)
+    (progress or silent)("timing")
     named = dict(zip(_labels(paths), paths, strict=True))
     feeds = list(dataset.batches(batch))
     times = time_interleaved(named, feeds, runtime, repeats, min_time)
@@ -397,13 +296,13 @@ def calibrate(
     opened = load(path)
     check_output(target, *external_files(path))
     dataset = open_data(data, input_specs(path), preprocess, samples, seed)
-    _try_out(path, dataset, Runtime())
+    try_out(path, dataset, Runtime())
     digest = merge.digest(opened)
     infer(opened, next(iter(dataset.batches(1))))
     keys = [Key(name, "histogram") for name in _float_tensors(opened)]
-    memory = max_memory or max(LEAST_MEMORY, FILE_COPIES * file_bytes(path))
-    count = (lambda done, total: progress(f"calibrating {done}/{total}")) if progress else None
-    with _naming(path):
+    memory = max_memory or enough_memory(path)
+    count = _counting(progress or silent, "calibrating")
+    with naming(path):
         found = collect(opened, keys, dataset, max_memory=memory, progress=count)
     seen = (dataset.fingerprint(),)
     merge.save(merge.Statistics(found.stats, digest, seen, found.batch), target)
@@ -424,19 +323,6 @@ def _float_tensors(model: Model) -> list[str]:
     produced = (t for node in model.graph.nodes for t in node.outputs if t.name)
     tensors = (t for t in (*model.graph.inputs, *produced))
     return [t.name for t in tensors if type_name(t.dtype) in FLOATS]
-
-
-def input_specs(model: Path) -> list[InputSpec]:
-    """What a model takes. Raises ModelError, naming the file, when that is not only tensors."""
-    with _naming(model):
-        ports = session(model, Runtime(level="none")).get_inputs()
-    specs = []
-    for port in ports:
-        dtype = dtype_of(port.type)
-        if dtype is None:
-            raise ModelError(f"{model}: input {port.name!r} is {port.type}, which cannot be fed")
-        specs.append(InputSpec(port.name, dtype, tuple(port.shape)))
-    return specs
 
 
 def missed_bounds(comparison: Any, max_drop: float | None) -> tuple[str, ...]:
@@ -463,61 +349,8 @@ def peak_memory() -> int | None:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
-def _silent(text: str) -> None:
-    """Progress that nobody watches."""
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the file's name in front of what is wrong with a model."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from error
-
-
-def _check_runtime(runtime: Runtime) -> None:
-    """Raise OptionError for a provider or an optimization level that there is not."""
-    provider_name(runtime.provider)
-    if runtime.level not in LEVELS:
-        raise OptionError(f"level {runtime.level!r} is unknown; choose {', '.join(LEVELS)}")
-
-
-def _text(source: Any) -> str | None:
-    return str(source) if isinstance(source, str | Path) else None
-
-
-def _dataset(
-    model: Path, data: Any, preprocess: Preprocess | None, samples: int | None, seed: int
-) -> Dataset:
-    specs = input_specs(model)
-    if data is None:
-        return synthesize(specs, samples or FEEDS, seed)
-    return open_data(data, specs, preprocess, samples, seed)
-
-
-def _check_same_inputs(first: Path, other: Path) -> None:
-    """Raise DataError, naming an input, where what fits one model does not fit the other."""
-    mine, theirs = ({spec.name: spec for spec in input_specs(path)} for path in (first, other))
-    names = dict.fromkeys((*mine, *theirs))
-    odd = next((n for n in names if not _is_alike(mine.get(n), theirs.get(n))), None)
-    if odd is not None:
-        says = ", but ".join(_says(p, s.get(odd)) for p, s in ((first, mine), (other, theirs)))
-        raise DataError(f"the models do not take the same inputs ({odd!r}): {says}")
-
-
-def _is_alike(mine: InputSpec | None, theirs: InputSpec | None) -> bool:
-    """Equal type and rank, and equal sizes where both are fixed."""
-    if mine is None or theirs is None or mine.dtype != theirs.dtype:
-        return False
-    if mine.shape is None or theirs.shape is None or len(mine.shape) != len(theirs.shape):
-        return mine.shape is None or theirs.shape is None
-    pairs: Iterable[tuple[Any, Any]] = zip(mine.shape, theirs.shape, strict=True)
-    return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
-
-
-def _says(path: Path, spec: InputSpec | None) -> str:
-    return f"{path} has no such input" if spec is None else f"{path} says: {spec.expects}"
+def _counting(say: Progress, task: str) -> Callable[[int, int], None]:
+    return lambda done, total: say(f"{task} {done}/{total}")
 
 
 def _labels(paths: Sequence[Path]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from onnxc.bench import Ratio
 from onnxc.check import Comparison, Coverage
 from onnxc.core import Skip
 from onnxc.cost import HeavyNode, Inspection, Port
-from onnxc.report import Benchmark, Calibrated, Preview, Report, Validation, verdict
+from onnxc.report import Benchmark, Calibrated, Effect, Preview, Report, Validation, verdict
 
 NAMES_WIDTH = 60  # characters of the node names given for each reason; the JSON names all
 NAME_WIDTH = 30  # characters of a node's name in a table
@@ -30,6 +30,7 @@ OUTPUTS_SHOWN = 12
 
 Parts = list[RenderableType]
 Row = tuple[str, ...]
+Pairs = tuple[tuple[str, str], ...]  # of a node and what is said of it
 
 
 def render(report: Report) -> RenderableType:
@@ -46,16 +47,24 @@ def render_preview(report: Preview) -> RenderableType:
     title = f"[bold]{escape(report.model)}[/] → [bold]{escape(report.output)}[/], not written"
     parts: Parts = [Text.from_markup(f"{title}  [dim](target {report.target})[/]")]
     parts += _grouped("prepared", ((c.node, _kind(c.what)) for c in report.prepared))
+    alike: defaultdict[tuple[Pairs, Pairs], list[str]] = defaultdict(list)
     for name, effect in report.ways.items():
-        done = ((c.node, _kind(c.what)) for c in effect.quantized)
-        names = {change.node for change in effect.quantized}
-        left = {s.node: s.reason for s in reversed(effect.skips) if s.node not in names}
-        parts.append(Text(f"\nway: {name}", style="bold green"))
+        alike[_effects(effect)].append(name)
+    for (done, left), names in alike.items():
+        parts.append(Text("\nway: " + "; ".join(names), style="bold green"))
         parts += _grouped("quantized", done) or [Text("no node is quantized", style="yellow")]
-        parts += _grouped("left alone", reversed(left.items()))
+        parts += _grouped("left alone", left)
     if len(report.ways) > 1:
         parts.append(Text("\nAll of these ways are measured, and the best one is written."))
     return Group(*parts, *_notes(report.notes))
+
+
+def _effects(effect: Effect) -> tuple[Pairs, Pairs]:
+    """What is done to which nodes, and what is left alone, each node with the first reason."""
+    done = tuple((change.node, _kind(change.what)) for change in effect.quantized)
+    names = {node for node, _ in done}
+    reasons = {s.node: s.reason for s in reversed(effect.skips) if s.node not in names}
+    return done, tuple(reversed(reasons.items()))
 
 
 def render_validation(report: Validation) -> RenderableType:
@@ -201,7 +210,10 @@ def _left_float(
         left = ((k.node, "only weights are stored in integers") for k in coverage.left_float)
         return _grouped("run in float", left)
     reasons = {skip.node: skip.reason for skip in skips}
-    left = ((k.node, reasons.get(k.node, k.reason)) for k in coverage.left_float)
+    left = (
+        (k.node, reasons.get(k.node, k.reason.removesuffix(", which is left in float")))
+        for k in coverage.left_float
+    )
     return _grouped("run in float", left)
 
 

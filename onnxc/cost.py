@@ -201,6 +201,8 @@ _QUANTIZED: dict[str, frozenset[str]] = {
 
 _INTEGER = frozenset(op for marks in _QUANTIZED.values() for op in marks)
 
+_GROWING = ("Random", "ConstantOfShape")  # what they make is not folded, or only where it is small
+
 FLOATS = frozenset(("float32", "float16", "float64", "bfloat16"))
 
 
@@ -238,11 +240,11 @@ def _makers(tensor: gs.Tensor) -> list[str]:
 
 
 def _foldable(graph: gs.Graph) -> Names:
-    """Names of the main graph's tensors that follow from its constants alone."""
+    """Names of the main graph's tensors that follow from its constants, and are not made large."""
     names: set[str] = set()
     for node in graph.nodes:
         known = (isinstance(t, gs.Constant) or not t.name or t.name in names for t in node.inputs)
-        if node.inputs and not node.op.startswith("Random") and all(known):
+        if node.inputs and not node.op.startswith(_GROWING) and all(known):
             names.update(t.name for t in node.outputs)
     return frozenset(names)
 

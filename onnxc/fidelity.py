@@ -13,7 +13,7 @@ SQNR comes from the mean of their relative noise powers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,13 @@ def compare(
     runtime: Runtime = Runtime(),
     labels: Array | None = None,
     batch: int = BATCH,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Run both models over a data set, in batches of `batch` samples (or what the model fixes).
 
-    labels: (N,) or (N, T) integers; those of the data set by default. Raises ModelError where a
-    model does not run or has other outputs, DataError where the labels do not fit the samples.
+    labels: (N,) or (N, T) integers; those of the data set by default. progress: called with
+    (samples done, samples in all). Raises ModelError where a model does not run or has other
+    outputs, DataError where the labels do not fit the samples.
     """
     opened = [_open(model, runtime) for model in (reference, candidate)]
     names = _shared_outputs(opened[0], opened[1])
@@ -123,6 +125,8 @@ def compare(
                 part = None if truth is None else truth[done : done + count]
                 scores.update(ref, out, _targets(part, feed))
         done += count
+        if progress is not None:
+            progress(done, len(dataset))
     fidelities = {n: t.result() for n, t in tallies.items() if t.elements and n not in skipped}
     notes = [
         f"output {n!r} is not a tensor of one shape and is not compared" for n in sorted(skipped)

@@ -17,6 +17,9 @@ from onnxc.numerics.affine import Array, Grid, dequantize, quantize, weight_scal
 from onnxc.ops import groups, is_constant, knowledge, weight_of
 from onnxc.targets import Target
 
+OPSET = 10  # of QuantizeLinear and DequantizeLinear
+AXIS_OPSET = 13  # from which on they take a scale for each channel
+
 
 def weight_grid(target: Target, bits: int = 8) -> Grid:
     """Integers of a weight: symmetric without the lowest, 7 bits where kernels saturate."""
@@ -28,13 +31,13 @@ def activation_grid(target: Target, bits: int = 8) -> Grid:
     return Grid(bits, signed=target.activations == "int8")
 
 
-def weight_axis(node: gs.Node, target: Target) -> int | None:
+def weight_axis(node: gs.Node, context: Context) -> int | None:
     """Axis of the weight along which each channel has its own scale; None for one scale.
 
     A grouped ConvTranspose keeps its output channels on two axes, so it gets one scale.
     """
     row = knowledge(node)
-    if not target.per_channel or row.out_axis is None:
+    if not context.target.per_channel or context.opset < AXIS_OPSET or row.out_axis is None:
         return None
     return None if row.out_axis(node) != 0 and groups(node) > 1 else row.out_axis(node)
 
@@ -53,7 +56,7 @@ def weighted_nodes(
     """
     allowed = context.only.names(graph)
     nodes = (n for n in graph.nodes if n.name in allowed and (not ops or n.op in ops))
-    return (n for n in nodes if not refusal(n, context.target))
+    return (n for n in nodes if context.opset >= OPSET and not refusal(n, context.target))
 
 
 def round_weights(
@@ -65,12 +68,12 @@ def round_weights(
 ) -> None:
     """Move the weights of those nodes to the grids that integer kernels hold them on, in float.
 
-        w <- s · round(w / s),   s = max|w| / q_max   for each output channel
+    w <- s · round(w / s),   s = max|w| / q_max   for each output channel
     """
     grid = weight_grid(context.target, bits)
     rounded: dict[tuple[int, int | None], gs.Constant] = {}
     for node in weighted_nodes(graph, context, ops):
-        weight, axis = weight_of(node), weight_axis(node, context.target)
+        weight, axis = weight_of(node), weight_axis(node, context)
         assert weight is not None
         if (id(weight), axis) not in rounded:
             array = values(weight)
@@ -81,9 +84,7 @@ def round_weights(
         node.inputs[knowledge(node).weight] = rounded[id(weight), axis]
 
 
-def refused_nodes(
-    graph: gs.Graph, context: Context, ops: tuple[str, ...] = ()
-) -> Iterator[Skip]:
+def refused_nodes(graph: gs.Graph, context: Context, ops: tuple[str, ...] = ()) -> Iterator[Skip]:
     """Heavy nodes that stay float, with the reason."""
     allowed = context.only.names(graph)
     for node in graph.nodes:
@@ -92,6 +93,8 @@ def refused_nodes(
         reason = "excluded" if node.name not in allowed else refusal(node, context.target)
         if not reason and ops and node.op not in ops:
             reason = f"{node.op} is not asked for"
+        if not reason and context.opset < OPSET:
+            reason = f"Q/DQ need opset {OPSET}, and the model has {context.opset}"
         if reason:
             yield Skip(node.name, reason)
 

@@ -17,7 +17,7 @@ from onnxc.core import Context
 from onnxc.cost import free_dimensions
 from onnxc.macs import macs
 from onnxc.ops import data_inputs, knowledge
-from passes.quantize import behind_activation, place
+from onnxc.placement import behind_activation, place
 
 BREAK_EVEN = 50  # MACs for each value at the border: where a suspect begins, not where it is guilty
 

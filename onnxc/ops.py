@@ -22,9 +22,9 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-Role = Literal[
-    "weighted", "product", "sum", "same", "activation", "recurrent", "lookup", "opaque"
-]
+from onnxc.edit import values
+
+Role = Literal["weighted", "product", "sum", "same", "activation", "recurrent", "lookup", "opaque"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Op:
     y_axis: the channel axis of the output. homogeneous: f(s x) = s f(x) for each channel's s > 0.
     bounds: positions of the least and largest output. float_output: the integer kernel can return
     float, so that its output needs no scale. adds: the output is the sum of the data inputs.
-    fits: whether a node's attributes suit the integer kernel.
+    fits: whether a node suits the integer kernel. bare: the row of a node whose weight is computed.
     """
 
     role: Role = "opaque"
@@ -51,6 +51,7 @@ class Op:
     float_output: bool = False
     adds: bool = False
     fits: Callable[[gs.Node], bool] | None = None
+    bare: Op | None = None
 
 
 def groups(node: gs.Node) -> int:
@@ -63,6 +64,18 @@ def is_constant(tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant)
 
 
+def bounds(node: gs.Node) -> tuple[float, float]:
+    """Least and largest output of a Clip or Relu; NaN where they are computed."""
+    row, found = knowledge(node), [-np.inf, np.inf]
+    if not row.bounds:
+        return 0.0, np.inf
+    for index, position in enumerate(row.bounds):
+        given = node.inputs[position] if position < len(node.inputs) else None
+        if given is not None and given.name:
+            found[index] = float(values(given).reshape(())) if is_constant(given) else np.nan
+    return found[0], found[1]
+
+
 def _gemm_out(node: gs.Node) -> int:
     return 0 if node.attrs.get("transB", 0) else 1
 
@@ -73,6 +86,16 @@ def _matmul_rank(node: gs.Node) -> int:
 
 def _takes_nearest(node: gs.Node) -> bool:
     return bool(node.attrs.get("mode", "nearest") == "nearest")
+
+
+def _returns_one(node: gs.Node) -> bool:
+    return len([tensor for tensor in node.outputs if tensor.name]) == 1
+
+
+def _clips_from_zero(node: gs.Node) -> bool:
+    """Clip(x, 0, h): a range of unsigned integers has the same bounds."""
+    low, high = bounds(node)
+    return low == 0.0 and high > 0.0
 
 
 OPS: dict[str, Op] = {
@@ -96,7 +119,7 @@ OPS: dict[str, Op] = {
     ),
     "LSTM": Op("recurrent", weight=1),
     "GRU": Op("recurrent", weight=1),
-    "Gather": Op("lookup", weight=0),
+    "Gather": Op("lookup", weight=0, bare=Op("same")),
     "Add": Op("sum", data=(0, 1), homogeneous=True, adds=True),
     "Mul": Op("sum", data=(0, 1)),
     "Concat": Op("sum", data=()),
@@ -104,7 +127,7 @@ OPS: dict[str, Op] = {
     "GlobalAveragePool": Op("sum", homogeneous=True),
     "LeakyRelu": Op("sum", homogeneous=True),
     "Sigmoid": Op("sum"),
-    "MaxPool": Op("same", homogeneous=True),
+    "MaxPool": Op("same", homogeneous=True, fits=_returns_one),
     "Reshape": Op("same"),
     "Transpose": Op("same"),
     "Flatten": Op("same"),
@@ -117,7 +140,7 @@ OPS: dict[str, Op] = {
     "DepthToSpace": Op("same"),
     "Resize": Op("same", fits=_takes_nearest),
     "Relu": Op("activation", homogeneous=True),
-    "Clip": Op("activation", bounds=(1, 2)),
+    "Clip": Op("activation", bounds=(1, 2), fits=_clips_from_zero),
 }
 
 OPAQUE = Op(data=())
@@ -127,7 +150,16 @@ QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLi
 
 def knowledge(node: gs.Node) -> Op:
     """The row of a node; OPAQUE for an operator or a domain that the table does not know."""
-    return OPAQUE if node.domain else OPS.get(node.op, OPAQUE)
+    row = OPAQUE if node.domain else OPS.get(node.op, OPAQUE)
+    if row.bare is None or (row.weight is not None and is_constant(node.inputs[row.weight])):
+        return row
+    return row.bare
+
+
+def is_absorbed(node: gs.Node) -> bool:
+    """Whether a node is an activation that the kernel in front of it takes in."""
+    row = knowledge(node)
+    return row.role == "activation" and (row.fits is None or row.fits(node))
 
 
 def data_inputs(node: gs.Node) -> list[gs.Tensor]:

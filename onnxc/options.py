@@ -19,7 +19,7 @@ import click
 from click.core import ParameterSource
 
 from calib.data import PRESETS, Preprocess
-from onnxc import recipe
+from onnxc import typed
 from onnxc.runtime import LEVELS, Runtime
 from onnxc.targets import TARGETS
 
@@ -42,15 +42,15 @@ def amount(text: str) -> int:
     return count
 
 
-def typed(kind: Any) -> Callable[[str], Any]:
+def reader(kind: Any) -> Callable[[str], Any]:
     """A reader of text as the type of a dataclass field; it raises click.BadParameter."""
 
     def convert(text: str) -> Any:
         for candidate in _readings(text):
-            is_read, result = recipe.read_as(candidate, kind)
+            is_read, result = typed.read_as(candidate, kind)
             if is_read:
                 return result
-        raise click.BadParameter(f"{text!r} is not {recipe.describe(kind)}")
+        raise click.BadParameter(f"{text!r} is not {typed.describe(kind)}")
 
     return convert
 
@@ -92,7 +92,7 @@ def from_fields(cls: type[Any], but: Collection[str] = ()) -> Decorator[Any]:
     """Decorator: one option for each field of a dataclass but the named ones, unset by default."""
 
     def decorate(command: F) -> F:
-        for name, kind in reversed(recipe.keys(cls).items()):
+        for name, kind in reversed(typed.keys(cls).items()):
             if name not in but:
                 command = _option(cls, name, kind)(command)
         return command
@@ -109,7 +109,7 @@ def _option(cls: type[Any], name: str, kind: Any) -> Decorator[Any]:
     if all(get_origin(k) is Literal and isinstance(get_args(k)[0], str) for k in members):
         settings["type"] = click.Choice([str(v) for k in members for v in get_args(k)])
     else:
-        settings |= {"type": typed(kind), "metavar": _metavar(kind)}
+        settings |= {"type": reader(kind), "metavar": _metavar(kind)}
     return click.option(f"--{dashed}", name, **settings)
 
 
@@ -133,8 +133,8 @@ def _owner(cls: type[Any], name: str) -> type[Any]:
     """The class, itself or nested, that declares a field."""
     if any(f.name == name for f in fields(cls)):
         return cls
-    nested = (k for k in recipe.hints(cls).values() if is_dataclass(k) and isinstance(k, type))
-    return next(_owner(k, name) for k in nested if name in recipe.keys(k))
+    nested = (k for k in typed.hints(cls).values() if is_dataclass(k) and isinstance(k, type))
+    return next(_owner(k, name) for k in nested if name in typed.keys(k))
 
 
 def _documented(cls: type[Any], name: str) -> str:
@@ -149,7 +149,7 @@ def _documented(cls: type[Any], name: str) -> str:
 
 def names(cls: type[Any]) -> Collection[str]:
     """The parameters that `from_fields` made of a dataclass."""
-    return recipe.keys(cls)
+    return typed.keys(cls)
 
 
 def given(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def given(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
 
 def build(context: click.Context, cls: type[T]) -> T:
     """A dataclass from the options that `from_fields` made of it."""
-    return recipe.build(cls, given(context, recipe.keys(cls)), "the options")
+    return typed.build(cls, given(context, typed.keys(cls)), "the options")
 
 
 def preprocess_of(context: click.Context) -> Preprocess:

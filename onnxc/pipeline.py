@@ -147,7 +147,7 @@ class Calibration:
         return self.dataset.subset([i * count // wanted for i in range(wanted)])
 
 
-FEWEST, MOST = 16, 128  # samples behind peaks and drift
+FEWEST, MOST = 32, 128  # samples behind peaks and drift
 ENOUGH = 600_000  # input values behind them, where samples are small
 
 SETTLE_EARLY = frozenset({"peak", "mean"})
@@ -159,14 +159,18 @@ def gather(
     context: Context,
     calibration: Calibration,
     progress: Progress | None = None,
+    state: Hashable = None,
 ) -> dict[Key, Any]:
     """The statistics that a pass wants of a model as it stands.
 
-    progress: told "quantize: calibrating 16/80", and so on.
+    progress: told "quantize: calibrating 16/80", and so on. state: what the model is known by, so
+    that the same statistics of it are gathered once.
     """
     say = partial(_count, progress, pass_.name) if progress is not None else None
     wanted = frozenset(pass_.wants(model.graph, context))
-    stats: dict[Key, Any] = {}
+    if state is not None and (state, wanted) in calibration.memo:
+        return calibration.memo[state, wanted]
+    stats = calibration.memo[state, wanted] = {}
     drifting = [key for key in wanted if key.what == "drift"]
     early = [key for key in wanted if key.what in SETTLE_EARLY]
     full = [key for key in wanted if key not in {*drifting, *early}]
@@ -235,7 +239,8 @@ def compress(
         if progress is not None:
             progress(pass_.name)
         infer(model, feed)
-        stats = gather(model, pass_, context, calibration, progress)
+        known = None if steps else state
+        stats = gather(model, pass_, context, calibration, progress, known)
         now = replace(context, opset=opset(model.graph), stats=stats)
         step = apply_pass(model, pass_, now, feed, last)
         last = step.after or last

@@ -100,6 +100,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _DTYPES["tensor(string)"] = np.dtype(object)
 
+ort.disable_telemetry_events()
+
 _state = ort.capi.onnxruntime_pybind11_state
 RUNTIME_ERRORS: tuple[type[BaseException], ...] = (
     RuntimeError,

@@ -46,6 +46,7 @@ BLOCK: Literal[32] = 32  # values that share a scale of 4-bit weights
 WIDE_OPSET = 21  # of integers of 4 and 16 bits in standard operators
 
 AUTO_RANGES: tuple[Ranges, ...] = ("mse", "minmax")
+FEW = 4  # samples in a run: memory stays that of calibration
 TIMING = 0.3  # least seconds of timing, for models that run in no time
 MINOR = 0.1  # share of the MACs below which MatMul and Gemm do not decide how to quantize
 
@@ -208,7 +209,7 @@ def trials(
     times = time_interleaved(models, feeds, runtime, repeats, min_time=TIMING)
     found = []
     for name, (result, steps) in built.items():
-        comparison = compare(original, packed[name], heldout, runtime)
+        comparison = compare(original, packed[name], heldout, runtime, batch=FEW)
         ratio = speedup(times["float"], times[name])
         found.append(Trial(name, result, steps, comparison, times[name], ratio))
     return found, times["float"]

@@ -14,13 +14,13 @@ magnitude,
 shares the spread between the activations' one scale and the readers' weights (Nagel 2019,
 "Data-free quantization", whose weight ranges are replaced by what is measured on the activations).
 
-A Clip(0, h) is homogeneous only for a channel that stays below h. There r is measured behind the Clip,
-with a factor of HEADROOM for the samples that reach higher than most, and
+A Clip(0, h) is homogeneous only for a channel that stays below h. There r is measured behind the
+Clip, with a factor of HEADROOM for the samples that reach higher than most, and
 
     s_c = min(1, HEADROOM r_c / h)^½
 
-so that channels are only scaled up, and one that reaches h stays as it is. The largest values of a few
-samples may be clipped; it is the one change that is not exact.
+so that channels are only scaled up, and one that reaches h stays as it is. The largest values of a
+few samples may be clipped; it is the one change that is not exact.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.graph import captured, constant, fresh, nbytes, values
-from onnxc.ops import groups, is_constant, is_depthwise, knowledge, weight_of
+from onnxc.ops import bounds, groups, is_absorbed, is_constant, is_depthwise, knowledge, weight_of
 
 LIMIT = 64.0  # largest ratio of two channels' factors to their mean: a dead channel is no guide
 HEADROOM = 1.5  # of a channel's mean peak below the bound of a Clip
@@ -60,7 +60,7 @@ class ChannelGroup:
     @property
     def bound(self) -> float | None:
         """The least value that a Clip of the group cuts off at; None without a Clip."""
-        return min((_bounds(clip)[1] for clip in self.clips), default=None)
+        return min((bounds(clip)[1] for clip in self.clips), default=None)
 
 
 @register
@@ -144,27 +144,13 @@ def _ties(node: gs.Node) -> bool:
     """Whether a node hands the scale of each channel from its inputs to its output."""
     row = knowledge(node)
     if row.bounds:
-        return _clips_from_zero(node)
+        return is_absorbed(node) and not any(map(is_constant, node.inputs[:1]))
     if not row.homogeneous:
         return False
     tensors = [t for t in node.inputs if t.name]
     shapes = [list(t.shape) if t.shape is not None else None for t in tensors]
     same = all(s is not None and s == shapes[0] for s in shapes)
     return not any(map(is_constant, tensors)) and (len(tensors) == 1 or same)
-
-
-def _clips_from_zero(node: gs.Node) -> bool:
-    """Clip(x, 0, h) with constant bounds."""
-    bounds = [node.inputs[i] for i in knowledge(node).bounds if i < len(node.inputs)]
-    if len(bounds) < 2 or not all(map(is_constant, bounds)):
-        return False
-    low, high = _bounds(node)
-    return low == 0.0 and high > 0.0
-
-
-def _bounds(node: gs.Node) -> tuple[float, float]:
-    low, high = (float(values(node.inputs[i]).reshape(())) for i in knowledge(node).bounds)
-    return low, high
 
 
 def _is_convolution(node: gs.Node) -> bool:
@@ -194,7 +180,7 @@ def _cannot_read(node: gs.Node, tensor: gs.Tensor, allowed: frozenset[str]) -> s
 
 
 def _shared(node: gs.Node) -> str:
-    """Weights are replaced by new constants, so only a bias that is no constant stands in the way."""
+    """Weights are replaced by new constants: only a bias that is no constant is in the way."""
     has_bias = len(node.inputs) > 2 and bool(node.inputs[2].name)
     is_free = not has_bias or is_constant(node.inputs[2])
     return "" if is_free else f"the bias of {node.name} is computed"

@@ -76,8 +76,9 @@ def _obstacle(product: gs.Node, add: gs.Node, pinned: set[str], allowed: frozens
         return "excluded"
     if product.outputs[0].name in pinned:
         return f"bias not merged: something else reads {product.outputs[0].name}"
-    *rows, columns = (1, *bias.shape)
-    is_row = columns in (1, product.inputs[1].shape[1]) and set(rows) <= {1} and len(rows) <= 2
+    shape = tuple(bias.shape) or (1,)
+    is_row = shape[-1] in (1, product.inputs[1].shape[1]) and set(shape[:-1]) <= {1}
+    is_row = is_row and len(shape) <= 2
     return "" if is_row else "bias not merged: it is not one value a column"
 
 

@@ -436,3 +436,9 @@ def test_models_for_a_comparison_that_take_other_inputs(box: Path, capsys: Any) 
     sentence = refusal(["validate", "cnn.onnx", TOKENS], box, capsys)
     assert EXPECTS in sentence and "has no such input" in sentence
     assert "'image'" in refusal(["bench", "cnn.onnx", TOKENS], box, capsys)
+
+
+def test_a_bound_for_a_model_without_classes(box: Path, capsys: Any) -> None:
+    text = SCORES.replace("float[N, 3] y", "float[N, 1] y").replace("[4, 3] w", "[4, 1] w")
+    arguments = ["quantize", saved("one.onnx", text), "--max-drop", 1, "-o", "out.onnx"]
+    assert "--max-drop needs a model with classes" in refusal(arguments, box, capsys)

@@ -118,6 +118,7 @@ def test_validate_a_model_with_itself(model: Path, samples: Path, capsys: Any) -
     shown = capsys.readouterr().out
     assert "good" in shown
     assert "100.00 %" in shown
+    assert "\x1b" not in shown  # no colours where nobody sees them
 
 
 def test_a_missed_bound_is_exit_code_1(

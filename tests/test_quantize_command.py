@@ -14,7 +14,7 @@ import pytest
 
 import onnxc
 from calib.data import Preprocess
-from onnxc import api
+from onnxc import api, request
 from onnxc.cli import run
 from onnxc.cost import inspect
 from onnxc.errors import OptionError
@@ -81,7 +81,7 @@ def test_the_recipe_is_complete(capsys: Any) -> None:
     assert recipe.target == found["target"] != "auto"
     kept = recipe.calibration
     assert (kept.data, kept.val, kept.samples) == (str(CNN_DATA), str(CNN_VAL), 30)
-    assert kept.max_memory == api.LEAST_MEMORY
+    assert kept.max_memory == request.LEAST_MEMORY
     assert kept.preprocess == Preprocess(preset="imagenet", resize="none")
     assert {p.name for p in recipe.passes} >= {"quantize"}
 
@@ -168,12 +168,13 @@ def test_the_result_is_judged_with_the_labels_of_samples_it_never_saw(capsys: An
     assert found["comparison"]["top1"][0] > 0.9
 
 
-def test_validation_data_judge_and_leave_all_samples_to_calibration(capsys: Any) -> None:
+def test_validation_data_judge_and_held_out_samples_choose(capsys: Any) -> None:
     arguments = ("quantize", CNN, "--data", CNN_DATA, "--samples", 30, "--val", CNN_VAL)
     found = report_of(capsys, *arguments, "-o", "o.onnx")
     count = len(np.load(CNN_VAL)["image"])
     assert found["comparison"]["samples"] == count
-    assert f"calibrated on 30 samples, judged on {count} of the validation data" in found["notes"]
+    told = f"chosen on 6 held out of them, judged on {count} of the validation data"
+    assert f"calibrated on 24 samples, {told}" in found["notes"]
 
 
 def test_made_without_data_is_the_first_line(capsys: Any) -> None:

@@ -142,9 +142,9 @@ def test_a_long_name_is_shown_in_full_but_alone() -> None:
 def test_a_preview_counts_changes_of_a_kind() -> None:
     changes = tuple(Change(f"/fc{i}", f"w{i} int8 per channel, {i}.5 dB") for i in range(3))
     static = Effect(changes, (), (Skip("/act", "excluded"), Skip("/act", "and more")))
-    report = Preview("m.onnx", "o.onnx", "x86", (), {"static": static, "none": Effect((), (), ())})
-    words = " ".join(shown(render_preview(report)).split())
-    assert "way: static quantized: 3 nodes 3 int8 per channel: /fc0, /fc1, /fc2" in words
+    ways = {"static": static, "none": Effect((), (), ()), "minmax": static}
+    words = " ".join(shown(render_preview(Preview("m", "o", "x86", (), ways))).split())
+    assert "way: static; minmax quantized: 3 nodes 3 int8 per channel: /fc0, /fc1, /fc2" in words
     assert "left alone: 1 node 1 excluded: /act" in words
     assert "way: none no node is quantized" in words
 

@@ -26,7 +26,7 @@ def script() -> ModuleType:
         import results
     finally:
         sys.path.remove(str(MODELS))
-    return results  # type: ignore[no-any-return]
+    return results
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,211 @@
+"""A checked request: everything that can be told at once is told before the long work starts.
+
+The cheapest checks come first: names, paths, the model, the nodes, the data, one run on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
+from onnxc import recipe as recipes
+from onnxc.cost import external_files, file_bytes
+from onnxc.errors import DataError, ModelError, OptionError
+from onnxc.fidelity import check_labels
+from onnxc.graph import Model, load
+from onnxc.paths import check_output, default_output, existing
+from onnxc.pipeline import Calibration
+from onnxc.quantization import THREADS, QuantizeSettings, check_input, split
+from onnxc.recipe import Recipe
+from onnxc.runtime import LEVELS, Runtime, dtype_of, provider_name, run, session
+from onnxc.selectors import Selector
+from onnxc.targets import Target
+from onnxc.targets import choose as choose_target
+
+ModelPath = str | Path
+Progress = Callable[[str], None]
+
+LEAST_MEMORY = 400_000_000  # bytes of the process during calibration, where none are asked for
+FILE_COPIES = 6  # or this many times the model, for large ones
+FEEDS = 8  # made-up samples for a comparison or a benchmark
+MADE_UP = 16  # those for a calibration
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request to quantize: nothing long has been done yet.
+
+    source: the data, as given or as the recipe says. recipe: with the options in place. judge:
+    samples to choose by, and to judge by where there is no validation data.
+    """
+
+    path: Path
+    output: Path
+    model: Model
+    target: Target
+    only: Selector
+    recipe: Recipe
+    source: Any
+    calibration: Calibration
+    judge: Dataset
+    validation: Dataset | None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the model and the data; complete once all samples were read."""
+        kept, validation = self.calibration.dataset, self.validation
+        whose = "others, synthesized too" if self.source is None else "held out of them"
+        task = "judged" if validation is None else "chosen"
+        counts = f"calibrated on {len(kept)} samples, {task} on {len(self.judge)} {whose}"
+        if validation is None:
+            return (counts, *self.model.notes, *kept.notes)
+        counts += f", judged on {len(validation)} of the validation data"
+        notes = (f"validation data: {note}" for note in validation.notes)
+        return (counts, *self.model.notes, *kept.notes, *notes)
+
+
+def checked(
+    model: ModelPath,
+    data: Any,
+    val: Any,
+    output: ModelPath | None,
+    recipe: Recipe | None,
+    settings: QuantizeSettings,
+    runtime: Runtime,
+    say: Progress,
+    override: dict[str, Any],
+) -> Job:
+    """Check everything that can be checked at once, the cheapest first."""
+    path = existing(model)
+    check_runtime(runtime)
+    given = recipes.override(recipe or Recipe(), data=_text(data), val=_text(val), **override)
+    row = choose_target(given.target)
+    source = data if data is not None else given.calibration.data
+    val = val if val is not None else given.calibration.val
+    place = check_output(output or default_output(path, settings.bits), path, source, val)
+    say("loading")
+    opened = load(path)
+    check_output(place, *external_files(path))
+    check_input(opened, str(path))
+    only = given.only.resolve(opened.graph)
+    kept, judge, validation = _samples(path, source, val, given, runtime)
+    memory = given.calibration.max_memory or enough_memory(path)
+    exact = replace(
+        given, target=row.name, calibration=replace(given.calibration, max_memory=memory)
+    )
+    calibration = Calibration(kept, memory, threads=THREADS)
+    return Job(path, place, opened, row, only, exact, source, calibration, judge, validation)
+
+
+def enough_memory(model: Path) -> int:
+    """Bytes that the process may take during calibration, where none are asked for."""
+    return max(LEAST_MEMORY, FILE_COPIES * file_bytes(model))
+
+
+def _samples(
+    path: Path, source: Any, val: Any, recipe: Recipe, runtime: Runtime
+) -> tuple[Dataset, Dataset, Dataset | None]:
+    """Samples to calibrate on, to choose by and to validate with; the model was run on some."""
+    specs, seed = input_specs(path), recipe.seed
+    images, count = recipe.calibration.preprocess, recipe.calibration.samples
+    if source is None:
+        kept = synthesize(specs, count or MADE_UP, seed)
+        held = synthesize(specs, count or MADE_UP, seed + 1)
+        try_out(path, kept, runtime)
+    else:
+        samples = open_data(source, specs, images, count, seed)
+        try_out(path, samples, runtime)
+        kept, held = split(samples)
+    if val is None:
+        return kept, held, None
+    validation = open_data(val, specs, images, None, seed)
+    try_out(path, validation, runtime)
+    return kept, held, validation
+
+
+def try_out(path: Path, dataset: Dataset, runtime: Runtime) -> None:
+    """Run the model once, so that data which do not fit it are told before the long work."""
+    feed = next(iter(dataset.batches(1)))
+    with naming(path):
+        try:
+            outputs = run(session(path, runtime), feed)
+        except ModelError as error:
+            expected = "; ".join(spec.expects for spec in dataset.inputs)
+            raise DataError(f"{path} does not run on the data: {error} ({expected})") from error
+    if dataset.labels is not None:
+        check_labels(dataset.labels, outputs)
+
+
+def input_specs(model: Path) -> list[InputSpec]:
+    """What a model takes. Raises ModelError, naming the file, when that is not only tensors."""
+    with naming(model):
+        ports = session(model, Runtime(level="none")).get_inputs()
+    specs = []
+    for port in ports:
+        dtype = dtype_of(port.type)
+        if dtype is None:
+            raise ModelError(f"{model}: input {port.name!r} is {port.type}, which cannot be fed")
+        specs.append(InputSpec(port.name, dtype, tuple(port.shape)))
+    return specs
+
+
+def silent(text: str) -> None:
+    """Progress that nobody watches."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file's name in front of what is wrong with a model."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def check_runtime(runtime: Runtime) -> None:
+    """Raise OptionError for a provider or an optimization level that there is not."""
+    provider_name(runtime.provider)
+    if runtime.level not in LEVELS:
+        raise OptionError(f"level {runtime.level!r} is unknown; choose {', '.join(LEVELS)}")
+
+
+def _text(source: Any) -> str | None:
+    return str(source) if isinstance(source, str | Path) else None
+
+
+def open_feeds(
+    model: Path, data: Any, preprocess: Preprocess | None, samples: int | None, seed: int
+) -> Dataset:
+    """The data for a model, or made-up ones where there are none."""
+    specs = input_specs(model)
+    if data is None:
+        return synthesize(specs, samples or FEEDS, seed)
+    return open_data(data, specs, preprocess, samples, seed)
+
+
+def check_same_inputs(first: Path, other: Path) -> None:
+    """Raise DataError, naming an input, where what fits one model does not fit the other."""
+    mine, theirs = ({spec.name: spec for spec in input_specs(path)} for path in (first, other))
+    names = dict.fromkeys((*mine, *theirs))
+    odd = next((n for n in names if not _is_alike(mine.get(n), theirs.get(n))), None)
+    if odd is not None:
+        says = ", but ".join(_says(p, s.get(odd)) for p, s in ((first, mine), (other, theirs)))
+        raise DataError(f"the models do not take the same inputs ({odd!r}): {says}")
+
+
+def _is_alike(mine: InputSpec | None, theirs: InputSpec | None) -> bool:
+    """Equal type and rank, and equal sizes where both are fixed."""
+    if mine is None or theirs is None or mine.dtype != theirs.dtype:
+        return False
+    if mine.shape is None or theirs.shape is None or len(mine.shape) != len(theirs.shape):
+        return mine.shape is None or theirs.shape is None
+    pairs: Iterable[tuple[Any, Any]] = zip(mine.shape, theirs.shape, strict=True)
+    return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+
+
+def _says(path: Path, spec: InputSpec | None) -> str:
+    return f"{path} has no such input" if spec is None else f"{path} says: {spec.expects}"
