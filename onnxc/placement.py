@@ -4,7 +4,8 @@ A node computes in integers when its input, its weight and (for a convolution) i
 quantized. From those heavy nodes the integers spread over the cheap operators between them:
 
     heavy      Conv, Gemm, MatMul with constant weights: the reason for all of it
-    sum        Add, Mul, Concat, pools, Sigmoid …: join where everything they read is quantized
+    sum        Add, Mul, Concat, pools, Sigmoid …: join where everything they read is quantized; for
+               an Add one summand is enough, as quantizing the other costs less than adding in float
     same       MaxPool, Reshape, Slice …: join likewise, and keep the scale of what they read
     absorbed   Relu or Clip behind a joined node: its bounds become those of the output's range
 
@@ -103,6 +104,8 @@ def place(
             placement.add(node.inputs[0])
         elif not (node.name in allowed and _can_join(node, placement, wanted)):
             continue
+        for summand in data_inputs(node) if knowledge(node).adds else ():
+            placement.add(summand)
         placement.integer.append(node)
         _place_output(node, placement, wanted, pinned)
     return placement
@@ -140,8 +143,13 @@ def _can_join(node: gs.Node, placement: Placement, wanted: set[str]) -> bool:
     """All that it reads is quantized, and integers that it makes are read by a heavy node."""
     if knowledge(node).role == "activation" or not _may_carry(node):
         return False
-    is_held = all(t.name in placement.tensors for t in data_inputs(node))
+    held = [t.name in placement.tensors for t in data_inputs(node)]
+    is_held = all(held) or (knowledge(node).adds and any(held) and _are_float(node))
     return is_held and any(t.name in wanted for t in node.outputs)
+
+
+def _are_float(node: gs.Node) -> bool:
+    return all(t.dtype == np.float32 for t in data_inputs(node))
 
 
 def _place_output(node: gs.Node, placement: Placement, wanted: set[str], pinned: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Apply the passes of static quantization to fixture graphs, and look at what the runtime makes of it."""
+"""Apply passes with calibration to fixture graphs, and look at what the runtime makes of them."""
 
 from __future__ import annotations
 
