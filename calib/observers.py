@@ -219,11 +219,12 @@ class PeakObserver:
             return
         parts = samples if samples is not None else (x.shape[0] if x.ndim else 1)
         parts = parts if parts and x.ndim and x.shape[0] % parts == 0 else 1
-        rows = _real(x).reshape(parts, -1, *x.shape[1:]) if x.ndim else _real(x).reshape(1, 1)
-        axis = None if self.axis is None else self.axis % x.ndim + 1
-        axes = tuple(i for i in range(1, rows.ndim) if i != axis)
-        peaks = np.maximum(rows.max(axis=axes), -rows.min(axis=axes))
-        self.total = self.total + peaks.sum(axis=0, dtype=np.float64)
+        x = _real(x)
+        rows = x.reshape(parts, 1, -1) if self.axis is None else _channels(x, self.axis)
+        peaks = np.maximum(rows.max(axis=-1), -rows.min(axis=-1))  # over contiguous memory
+        peaks = peaks.reshape(parts, -1, peaks.shape[-1]).max(axis=1)
+        total = peaks.sum(axis=0, dtype=np.float64)
+        self.total = self.total + (total[0] if self.axis is None else total)
         self.count += parts
 
     def merge(self, other: Self) -> Self:

@@ -18,7 +18,7 @@ from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 from numpy.lib import format as npy
 
 from calib.inputs import (

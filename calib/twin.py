@@ -31,7 +31,7 @@ from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.graph import Model, to_proto
 from onnxc.runtime import Runtime, run, session
 
-ENOUGH = 4  # samples of a batch: the means of fewer follow the sample, not the data
+ENOUGH = 2  # fewer follow the single sample rather than the data
 LIVE = 128 * MIB  # activations of a batch
 
 

@@ -23,9 +23,9 @@ from onnxc.targets import Target
 class Key:
     """One statistic of one tensor.
 
-    what: a row of `calib.observers.OBSERVERS`, or "drift" (see `Perturbs`). axis: the channel axis of
-    a per-channel statistic, or None for one over the whole tensor. minus: the statistic is of the
-    difference from this tensor.
+    what: a row of `calib.observers.OBSERVERS`, or "drift" (see `Perturbs`). axis: the channel axis
+    of a per-channel statistic, or None for one over the whole tensor. minus: the statistic is of
+    the difference from this tensor.
     """
 
     tensor: str

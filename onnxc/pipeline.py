@@ -147,7 +147,7 @@ class Calibration:
         return self.dataset.subset([i * count // wanted for i in range(wanted)])
 
 
-FEWEST, MOST = 32, 128  # samples behind peaks and drift
+FEWEST, MOST = 16, 128  # samples behind peaks and drift
 ENOUGH = 600_000  # input values behind them, where samples are small
 
 SETTLE_EARLY = frozenset({"peak", "mean"})

@@ -174,8 +174,8 @@ def quantize_model(
     """Quantize a model, choosing among the candidates that fit `settings`, or with given passes.
 
     The model is prepared in place; the result is another one. judge: samples that no statistic saw;
-    candidates are chosen by them. validation: samples that no choice saw either; the verdict is given
-    on them, or on `judge` where there are none.
+    candidates are chosen by them. validation: samples that no choice saw either; the verdict is
+    given on them, or on `judge` where there are none.
     """
     feed, original = next(iter(judge.batches(1))), to_bytes(model)
     tried = attempt(model, calibration, feed, target, settings, only, passes, seed, progress)

@@ -25,8 +25,8 @@ class Runtime:
     """How a model is run: the options of a session.
 
     threads: intra-op threads, 0 for all cores. level: a key of LEVELS. provider: any execution
-    provider of the installed ONNX Runtime, with or without the suffix "ExecutionProvider". lean: plan
-    no memory ahead, which takes a second set of buffers; for few runs of a model.
+    provider of the installed ONNX Runtime, with or without the suffix "ExecutionProvider". lean:
+    plan no memory ahead, which takes a second set of buffers; for few runs of a model.
     """
 
     threads: int = 1

@@ -32,8 +32,8 @@ from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
 from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_weights import QuantizeWeights
-from passes.to_qoperator import ToQOperator
 from passes.share_constants import ShareConstants
+from passes.to_qoperator import ToQOperator
 from passes.upgrade_opset import UpgradeOpset
 
 Format = Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"]

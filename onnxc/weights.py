@@ -45,7 +45,8 @@ class ExternalValues(LazyValues):  # type: ignore[misc]
     def load(self) -> NDArray[Any]:
         """The values, a read-only view of the file where the type allows it."""
         try:
-            return self.mapped().numpy()
+            values: NDArray[Any] = self.mapped().numpy()
+            return values
         except OSError as error:
             raise ModelError(f"cannot read external data {self.path}: {error.strerror}") from error
 

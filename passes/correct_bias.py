@@ -3,9 +3,9 @@
     b <- b + E[y − ŷ]       for each output channel
 
 y being the output in the graph as it is and ŷ the one with weights rounded (`perturb`), measured
-layer after layer with all the layers before already corrected (`calib.twin`): correcting all at once
-overshoots. Nagel 2019, "Data-free quantization through weight equalization and bias correction",
-with data in place of the batch-norm statistics.
+layer after layer with all the layers before already corrected (`calib.twin`): correcting all at
+once overshoots. Nagel 2019, "Data-free quantization through weight equalization and bias
+correction", with data in place of the batch-norm statistics.
 """
 
 from __future__ import annotations

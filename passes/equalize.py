@@ -103,7 +103,9 @@ def channel_groups(graph: gs.Graph, allowed: frozenset[str]) -> list[ChannelGrou
                 parent[find(tensor.name)] = find(node.outputs[0].name)
     found: dict[str, ChannelGroup] = {}
     seen: set[str] = set()
-    pinned = {t.name for t in (*graph.inputs, *graph.outputs)} | captured(graph)
+    pinned = {name: f"a nested body reads {name}" for name in captured(graph)}
+    for port in (*graph.inputs, *graph.outputs):
+        pinned[port.name] = f"{port.name} is an input or output of the graph"
     for node in graph.nodes:
         for tensor in (*node.inputs, *node.outputs):
             if is_constant(tensor) or not tensor.name or tensor.name in seen:
@@ -114,12 +116,11 @@ def channel_groups(graph: gs.Graph, allowed: frozenset[str]) -> list[ChannelGrou
 
 
 def _enter(
-    group: ChannelGroup, tensor: gs.Tensor, pinned: set[str], allowed: frozenset[str]
+    group: ChannelGroup, tensor: gs.Tensor, pinned: dict[str, str], allowed: frozenset[str]
 ) -> None:
     """Add a tensor with its producer and readers, or the obstacle that it is."""
     group.tensors.append(tensor)
-    if tensor.name in pinned:
-        group.obstacle = group.obstacle or f"{tensor.name} is an input or output of the graph"
+    group.obstacle = group.obstacle or pinned.get(tensor.name, "")
     if tensor.dtype != np.float32 or tensor.shape is None or len(tensor.shape) < 3:
         group.obstacle = group.obstacle or f"{tensor.name} is not a float tensor with channels"
     elif not isinstance(tensor.shape[1], int):

@@ -53,7 +53,7 @@ class MergeBias:
 
 
 def _biased(graph: gs.Graph) -> Iterator[tuple[gs.Node, gs.Node]]:
-    """MatMul of matrices, the second one constant, and the Add of a constant that alone reads it."""
+    """MatMul with a constant matrix, and the Add of a constant that alone reads it."""
     for node in graph.nodes:
         weight = weight_of(node) if node.op == "MatMul" and not node.domain else None
         ranks = [len(t.shape or ()) for t in node.inputs]
