@@ -32,7 +32,7 @@ from onnxc.graph import Model, to_proto
 from onnxc.runtime import Runtime, run, session
 
 ENOUGH = 2  # fewer follow the single sample rather than the data
-LIVE = 128 * MIB  # activations of a batch
+LIVE = 96 * MIB  # activations of a batch
 
 
 def drift(

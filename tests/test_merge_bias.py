@@ -10,8 +10,6 @@ import pytest
 from texts import bind, changed, context, normal, ops, reasons, step
 
 from onnxc.graph import load, values
-from onnxc.pipeline import apply_pass
-from onnxc.shapes import infer
 from passes.merge_bias import MergeBias
 
 

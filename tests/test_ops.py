@@ -1,4 +1,4 @@
-"""The operator table, each row against ONNX's own schemas and against what ONNX Runtime computes."""
+"""The operator table: each row against ONNX's schemas and against what ONNX Runtime computes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ WEIGHTED = {
 
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_channel_axes(name: str) -> None:
-    """Twice the weights of output channel 1 is twice that output; of input channel 1, that input."""
+    """Doubling the weights of a channel doubles that output, or acts like doubling that input."""
     ports, call, shape = WEIGHTED[name]
     weight, x = normal(*shape), normal(*_input_shape(ports))
     node = first(_calling(ports, call, weight))
@@ -141,9 +141,6 @@ def _single(op: str) -> onnx.ModelProto:
     found = next(v for v in inferred.graph.value_info if v.name == "y")
     proto.graph.output[0].CopyFrom(found)
     return proto
-
-
-SINGLE_X = IMAGE[:1]
 
 
 def _run(op: str, x: NDArray[Any]) -> NDArray[Any]:

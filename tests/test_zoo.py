@@ -1,0 +1,175 @@
+"""Real models of many makers: each ends in a valid, smaller file or in a sentence that says why not.
+
+Opsets 2 to 20, half precision, quantized already, LSTM and GRU, If, Loop and Scan, 1-D and 3-D
+tensors, tree ensembles; fed with made-up data of the shapes that the manifest lists.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import SHARED
+from numpy.typing import NDArray
+
+from onnxc.api import quantize
+from onnxc.errors import OnnxcError
+from onnxc.report import Report
+from onnxc.runtime import dtype_of, run, session
+
+ZOO = SHARED / "models" / "zoo"
+
+REFUSED = {  # a part of the sentence that says why
+    "deformconv_19": "does not run on the data",
+    "gnn_policy": "ONNX Runtime refuses the model",
+    "micro_kws_qdq": "is already quantized (qdq); it is left alone",
+    "mlperftiny_ad_int8": "is already quantized (qdq); it is left alone",
+    "mlperftiny_kws_int8_qdq": "is already quantized (qdq); it is left alone",
+    "mlperftiny_strmww_int8": "is already quantized (qdq); it is left alone",
+    "nested_if_loop_scan": "ONNX Runtime refuses the model",
+    "pipeline_vectorize": "input 'float_input' is a map",
+}
+WITHOUT_WEIGHTS = {  # tree ensembles, products written as loops, weights made by ConstantOfShape
+    *("ad01_loops_op19", "light_inception_v2"),
+    *("lightgbm_onnxmltools", "mlnet_pipeline", "sklearn_randomforest"),
+}
+ALL_INTEGER = {  # faster with every heavy node in an integer kernel
+    *("bodypix_mbv1_050_s16", "deeplabv3_257_tf", "espcn_nnresize_opset2", "espcn_subpixel"),
+    *("mlperftiny_ic_resnet8", "squeezenet_fp16_winml", "super_resolution_10"),
+}
+SLOW = {
+    *("ad01_loops_op19", "agllnet_lowlight_256", "dnsmos_p835", "gtcrn_stream_simple"),
+    *("hand_landmark", "light_inception_v2", "light_person_detector", "light_shufflenet"),
+    *("nanodet_m_320", "pan_mbv3s_seg_simplified", "person_reid_0248", "protocol_transformer"),
+    *("selfie_seg_landscape", "style_mosaic", "super_resolution_10", "tbefn_lowlight_180x320"),
+    *("ultraface_rfb320", "ultraface_rfb320_ortzoo", "yunet_n_320"),
+}
+SAMPLES = 4
+SMALLEST = 1024  # bytes of a weight that is worth its scales
+HEAVY = ("Conv", "Gemm", "MatMul", "LSTM", "GRU")  # parts of the names of operators
+EXPANDING = ("DequantizeLinear", "Mul", "Cast", "Transpose", "Reshape")
+
+
+def _models() -> list[Any]:
+    manifest = ZOO / "manifest.json"
+    if not manifest.is_file():
+        return [pytest.param({}, id="none")]
+    entries = json.loads(manifest.read_text())
+    return [
+        pytest.param(e, id=e["name"], marks=[pytest.mark.slow] if e["name"] in SLOW else [])
+        for e in entries
+    ]
+
+
+@pytest.mark.parametrize("entry", _models())
+def test_zoo(entry: dict[str, Any], shared: Path, tmp_path: Path) -> None:
+    name, source = entry["name"], ZOO / f"{entry['name']}.onnx"
+    output = tmp_path / "out.onnx"
+    if name in REFUSED:
+        with pytest.raises(OnnxcError, match=re.escape(REFUSED[name])) as caught:
+            quantize(source, data=_data(entry), output=output)
+        assert len(str(caught.value).splitlines()) == 1
+        assert list(tmp_path.iterdir()) == []
+        return
+    report = quantize(source, data=_data(entry), output=output)
+    _check_file(source, output, entry)
+    if name in WITHOUT_WEIGHTS:
+        assert not _weights(onnx.load(source)) or name == "light_inception_v2"
+    else:
+        _check_quantized(source, output, report)
+    if name in ALL_INTEGER:
+        assert report.coverage is not None
+        assert report.coverage.integer == report.coverage.total > 0
+
+
+def _check_file(source: Path, output: Path, entry: dict[str, Any]) -> None:
+    """Valid, runnable, and with the interface of the original."""
+    onnx.checker.check_model(str(output), full_check=False)
+    before, after = onnx.load(source), onnx.load(output)
+    assert _interface(before) == _interface(after)
+    feed = {key: np.asarray(value[0]) for key, value in _data(entry).items()}
+    reference, made = run(session(source), feed), run(session(output), feed)
+    for name, value in reference.items():
+        if isinstance(value, np.ndarray):
+            assert (made[name].shape, made[name].dtype) == (value.shape, value.dtype)
+
+
+def _check_quantized(source: Path, output: Path, report: Report) -> None:
+    """Smaller, and next to none of the bytes of heavy weights in float."""
+    assert report.after.bytes < report.before.bytes
+    sizes: Counter[str] = Counter()
+    for weight in _weights(onnx.load(output)):
+        sizes["integer" if weight.dtype.itemsize == 1 else "float"] += weight.nbytes
+    assert sizes["integer"] > 0
+    assert sizes["float"] < 0.05 * 4 * sizes["integer"]
+    assert report.comparison is not None
+    assert np.isfinite(report.comparison.sqnr)
+
+
+def _interface(proto: onnx.ModelProto) -> list[str]:
+    """Inputs without defaults, and outputs, as declared."""
+    defaults = {tensor.name for tensor in proto.graph.initializer}
+    ports = [p for p in proto.graph.input if p.name not in defaults]
+    return [f"{port.name} {port.type}" for port in (*ports, *proto.graph.output)]
+
+
+def _weights(proto: onnx.ModelProto) -> list[NDArray[Any]]:
+    """Constants of two axes or more that heavy nodes multiply by, nested bodies included."""
+    found = {id(t): t for graph in _graphs(proto.graph) for t in _read_by_heavy(graph, proto.graph)}
+    arrays = [onnx.numpy_helper.to_array(tensor) for tensor in found.values()]
+    return [array for array in arrays if array.nbytes >= SMALLEST / 4 * array.dtype.itemsize]
+
+
+def _read_by_heavy(graph: onnx.GraphProto, outer: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Weights at positions 1 and 2, behind what turns integers into them or not."""
+    known = {t.name: t for g in (outer, graph) for t in g.initializer}
+    makers = {o: n for g in (outer, graph) for n in g.node for o in n.output}
+    known |= {o: n.attribute[0].t for o, n in makers.items() if n.op_type == "Constant"}
+    for node in graph.node:
+        if not any(op in node.op_type for op in HEAVY):
+            continue
+        for name in node.input[1:3]:
+            while name in makers and makers[name].op_type in EXPANDING:
+                name = makers[name].input[0]
+            if name in known and len(known[name].dims) >= 2:
+                yield known[name]
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+
+
+def _data(entry: dict[str, Any]) -> Any:
+    """Made-up samples by input name; None, for data that onnxc makes up, without known shapes."""
+    shapes = entry.get("test_input_shapes")
+    if shapes is None:
+        return None
+    random = np.random.default_rng(0)
+    ports = session(ZOO / f"{entry['name']}.onnx").get_inputs()
+    return {
+        p.name: _drawn(p.name, dtype_of(p.type), (SAMPLES, *shapes[p.name]), random) for p in ports
+    }
+
+
+def _drawn(
+    name: str, kind: np.dtype[Any] | None, shape: tuple[int, ...], random: np.random.Generator
+) -> NDArray[Any]:
+    assert kind is not None
+    if name == "sr":
+        return np.full(shape, 16000, kind)
+    if kind.kind == "f":
+        return random.random(shape, np.float32).astype(kind)
+    if kind.hasobject:
+        return np.full(shape, "1", object)
+    return random.integers(0, 2, shape).astype(kind)
