@@ -1,4 +1,4 @@
-"""Real models of many makers: each ends in a valid, smaller file or in a sentence that says why not.
+"""Real models of many makers: each ends in a valid, smaller file, or in a sentence that says why.
 
 Opsets 2 to 20, half precision, quantized already, LSTM and GRU, If, Loop and Scan, 1-D and 3-D
 tensors, tree ensembles; fed with made-up data of the shapes that the manifest lists.
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from onnxc.api import quantize
 from onnxc.errors import OnnxcError
+from onnxc.quantization import QuantizeSettings
 from onnxc.report import Report
 from onnxc.runtime import dtype_of, run, session
 
@@ -40,9 +41,10 @@ WITHOUT_WEIGHTS = {  # tree ensembles, products written as loops, weights made b
     *("ad01_loops_op19", "light_inception_v2"),
     *("lightgbm_onnxmltools", "mlnet_pipeline", "sklearn_randomforest"),
 }
-ALL_INTEGER = {  # faster with every heavy node in an integer kernel
+ALL_INTEGER = {  # static quantization puts every heavy node in an integer kernel
     *("bodypix_mbv1_050_s16", "deeplabv3_257_tf", "espcn_nnresize_opset2", "espcn_subpixel"),
-    *("mlperftiny_ic_resnet8", "squeezenet_fp16_winml", "super_resolution_10"),
+    *("fastestdet_ppp", "mlperftiny_ic_resnet8", "squeezenet_fp16_winml"),
+    *("super_resolution_10", "winml_imageclassifier", "yunet_120x160"),
 }
 SLOW = {
     *("ad01_loops_op19", "agllnet_lowlight_256", "dnsmos_p835", "gtcrn_stream_simple"),
@@ -78,10 +80,11 @@ def test_zoo(entry: dict[str, Any], shared: Path, tmp_path: Path) -> None:
         assert len(str(caught.value).splitlines()) == 1
         assert list(tmp_path.iterdir()) == []
         return
-    report = quantize(source, data=_data(entry), output=output)
+    settings = QuantizeSettings(format="qdq" if name in ALL_INTEGER else "auto")
+    report = quantize(source, data=_data(entry), output=output, settings=settings)
     _check_file(source, output, entry)
     if name in WITHOUT_WEIGHTS:
-        assert not _weights(onnx.load(source)) or name == "light_inception_v2"
+        assert not _weights(onnx.load(source))
     else:
         _check_quantized(source, output, report)
     if name in ALL_INTEGER:
