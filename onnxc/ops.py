@@ -36,6 +36,7 @@ class Op:
     y_axis: the channel axis of the output. homogeneous: f(s x) = s f(x) for each channel's s > 0.
     bounds: positions of the least and largest output. float_output: the integer kernel can return
     float, so that its output needs no scale. adds: the output is the sum of the data inputs.
+    copies: the output holds the values of all of them, so that one scale may do for all.
     fits: whether a node suits the integer kernel. bare: the row of a node whose weight is computed.
     """
 
@@ -50,6 +51,7 @@ class Op:
     bounds: tuple[int, ...] = ()
     float_output: bool = False
     adds: bool = False
+    copies: bool = False
     fits: Callable[[gs.Node], bool] | None = None
     bare: Op | None = None
 
@@ -122,7 +124,7 @@ OPS: dict[str, Op] = {
     "Gather": Op("lookup", weight=0, bare=Op("same")),
     "Add": Op("sum", data=(0, 1), homogeneous=True, adds=True),
     "Mul": Op("sum", data=(0, 1)),
-    "Concat": Op("sum", data=()),
+    "Concat": Op("sum", data=(), copies=True),
     "AveragePool": Op("sum", homogeneous=True),
     "GlobalAveragePool": Op("sum", homogeneous=True),
     "LeakyRelu": Op("sum", homogeneous=True),

@@ -10,7 +10,7 @@ quantized. From those heavy nodes the integers spread over the cheap operators b
     absorbed   Relu or Clip behind a joined node: its bounds become those of the output's range
 
 and only where integers lead to another heavy node: at the end of a graph they would cost accuracy
-and save nothing.
+and save nothing. Tensors that a Concat alone reads share its output's scale: it copies integers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import onnx_graphsurgeon as gs
 from onnxc.core import Context, Key
 from onnxc.graph import captured
 from onnxc.integer import weighted_nodes
-from onnxc.ops import data_inputs, is_absorbed, is_constant, knowledge
+from onnxc.ops import bounds, data_inputs, is_absorbed, is_constant, knowledge
 
 
 @dataclass
@@ -108,6 +108,8 @@ def place(
             placement.add(summand)
         placement.integer.append(node)
         _place_output(node, placement, wanted, pinned)
+        if knowledge(node).copies:
+            _share_scale(node, placement, pinned)
     return placement
 
 
@@ -150,6 +152,28 @@ def _can_join(node: gs.Node, placement: Placement, wanted: set[str]) -> bool:
 
 def _are_float(node: gs.Node) -> bool:
     return all(t.dtype == np.float32 for t in data_inputs(node))
+
+
+def _share_scale(node: gs.Node, placement: Placement, pinned: set[str]) -> None:
+    """Give tensors that a Concat alone reads the scale of its output, so that it copies integers.
+
+    It would round to that scale anyway. A clamped tensor keeps its own scale beside one with other
+    bounds: the kernel that makes it could not absorb the clamp.
+    """
+    result = behind_activation(node.outputs[0], pinned)
+    clamps = {t.name: _clamp(t) for t in data_inputs(node)}
+    for tensor in data_inputs(node):
+        is_root = placement.scale_of.get(tensor.name) == tensor.name
+        is_alone = len(tensor.outputs) == 1 and tensor.name not in pinned
+        fits = clamps[tensor.name] is None or len(set(clamps.values())) == 1
+        if is_root and is_alone and fits:
+            placement.scale_of[tensor.name] = result.name
+
+
+def _clamp(tensor: gs.Tensor) -> tuple[float, float] | None:
+    """Bounds of the activation that makes a tensor; None for another maker."""
+    is_clamped = bool(tensor.inputs) and is_absorbed(tensor.inputs[0])
+    return bounds(tensor.inputs[0]) if is_clamped else None
 
 
 def _place_output(node: gs.Node, placement: Placement, wanted: set[str], pinned: set[str]) -> None:

@@ -16,8 +16,9 @@ from onnxc.check import coverage
 from onnxc.core import Context, Skip
 from onnxc.graph import Model, load, opset, to_bytes, to_proto, values
 from onnxc.ops import knowledge
-from onnxc.pipeline import Calibration, compress
+from onnxc.pipeline import Calibration, compress, prepare
 from onnxc.targets import choose
+from passes.drop_identity import DropIdentity
 from passes.quantize import Quantize
 
 BOUND = 25.0  # dB that one or two layers of random weights keep in 8 bits
@@ -162,6 +163,60 @@ def test_what_has_no_kernel_stays_float_between_integer_convolutions(name: str) 
     assert set(FLOATS[name].kernels) <= set(inside(model))
     assert sum(op in BORDERS for op in kernels(model)) >= 4
     assert decibels(proto, model, IMAGE) > BOUND - 5
+
+
+JOINED = """g (float[1,4,8,8] x, float[4,4,3,3] W, float[4,4,3,3] U, float[4,8,1,1] V%s)
+    => (float[1,4,6,6] y%s) {
+    a = Conv (x, W)
+    b = Conv (x, U)
+    %s
+    k = Concat <axis = 1> (c, d)
+    y = Conv (k, V) %s }"""
+
+
+def joined(nodes: str, declared: str = "", port: str = "", more: str = "") -> onnx.ModelProto:
+    weights = {
+        "W": normal(4, 4, 3, 3),
+        "U": 5 * normal(4, 4, 3, 3, seed=3),
+        "V": normal(4, 8, 1, 1),
+    }
+    limits = {"l": 0, "h": 2, "m": 6}
+    weights |= {name: scalar(limit) for name, limit in limits.items() if f" {name}" in declared}
+    return bind(JOINED % (declared, port, nodes, more), opset=17, **weights)
+
+
+@pytest.mark.parametrize(
+    ("proto", "scales"),
+    [
+        (joined("c = Relu (a) d = Relu (b)"), 1),
+        (joined("c = Identity (a) d = Identity (b)"), 1),
+        (joined("c = Relu (a) d = Identity (b)"), 2),
+        (
+            joined("c = Clip (a, l, h) d = Clip (b, l, m)", ", float l, float h, float m"),
+            3,
+        ),
+        (
+            joined("c = Relu (a) d = Relu (b)", "", ", float[1,4,6,6] z", "z = Exp (c)"),
+            2,
+        ),
+    ],
+    ids=["relu", "signed", "mixed", "bounds", "read elsewhere"],
+)
+def test_tensors_that_a_concat_alone_reads_share_its_scale(
+    proto: onnx.ModelProto, scales: int
+) -> None:
+    """A clamped tensor only beside others with its bounds: its kernel must absorb the clamp."""
+    model = load(proto)
+    feed = dict(IMAGE)
+    first = {name: array[0] for name, array in feed.items()}
+    (step,) = prepare(model, first, [DropIdentity()])
+    assert not step.problems
+    model, _ = apply(model, Quantize(), feed)
+    found = coverage(model)
+    assert (found.integer, found.total) == (3, 3)
+    around = [n for n in model.graph.nodes if n.op == "QuantizeLinear" and n.inputs[0].name != "x"]
+    assert len({float(values(n.inputs[1])) for n in around}) == scales
+    assert decibels(proto, model, feed) > BOUND
 
 
 CONVOLUTIONS = {
