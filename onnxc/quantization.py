@@ -183,7 +183,7 @@ def quantize_model(
         progress("measuring")
     found, latency = search.trials(original, tried.built, judge, runtime)
     chosen = search.best(found)
-    is_free = settings.format == "auto" and settings.scheme == "affine" and not passes
+    is_free = settings == QuantizeSettings() and not passes  # nothing was asked for by name
     if is_free and search.falls_short(chosen) and not search.FALLBACK.keys() & tried.ways.keys():
         more = search.build(model, search.FALLBACK, tried.context, calibration, feed, progress)
         tried = replace(
