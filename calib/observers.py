@@ -203,15 +203,11 @@ class MeanObserver:
 
 
 @dataclass
-class PeakObserver:
+class PeakObserver(MeanObserver):
     """Mean over samples of each channel's largest magnitude: a range that one outlier cannot set.
 
     total: float64 (channels,), the sum of the samples' peaks; count: samples.
     """
-
-    axis: int | None = None
-    total: NDArray[np.float64] = field(default_factory=lambda: np.zeros(()))
-    count: int = 0
 
     def update(self, x: Array, samples: int | None = None) -> None:
         """Add the peaks of every sample; samples: how many `x` holds, None: its first axis."""
@@ -227,22 +223,9 @@ class PeakObserver:
         self.total = self.total + (total[0] if self.axis is None else total)
         self.count += parts
 
-    def merge(self, other: Self) -> Self:
-        """The observer of both data. Raises OptionError when the axes differ."""
-        _same(self.axis, other.axis, "axis")
-        return type(self)(self.axis, self.total + other.total, self.count + other.count)
-
     @property
     def peak(self) -> NDArray[np.float64]:
-        return np.asarray(self.total / max(self.count, 1))
-
-    @property
-    def is_finite(self) -> bool:
-        return bool(np.isfinite(self.total).all())
-
-    @property
-    def has_nan(self) -> bool:
-        return bool(np.isnan(self.total).any())
+        return self.mean
 
 
 OBSERVERS: dict[str, Callable[..., Streaming]] = {
