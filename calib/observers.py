@@ -31,7 +31,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.moments import CrossObserver, MomentsObserver
+from onnxc.core import Key
 from onnxc.errors import OptionError
+from onnxc.numerics.patches import spread
 
 Array = NDArray[Any]
 
@@ -233,7 +236,15 @@ OBSERVERS: dict[str, Callable[..., Streaming]] = {
     "histogram": HistogramObserver,
     "mean": MeanObserver,
     "peak": PeakObserver,
+    "moments": MomentsObserver,
+    "cross": CrossObserver,
 }
+
+
+def observer_of(key: Key) -> Streaming:
+    """An observer that has seen nothing yet, for a key whose `what` is in OBSERVERS."""
+    options = (key.axis,) if key.window is None else (key.axis, key.window)
+    return OBSERVERS[key.what](*options)
 
 
 def is_equal(a: Any, b: Any) -> bool:
@@ -263,10 +274,8 @@ def every_nth(x: Array, positions: int, samples: int | None = None) -> Array:
     """At most `positions` values of each sample, flat: every n-th, n coprime to its size."""
     parts = samples if samples is not None else (x.shape[0] if x.ndim else 1)
     rows = x.reshape(parts if parts and x.size % parts == 0 else 1, -1)
-    size = rows.shape[1]
-    stride = -(-size // positions)
-    while math.gcd(stride, size) > 1 and stride > 1:
-        stride += 1
+    chosen = spread(rows.shape[1], positions)
+    stride = int(chosen[1]) if len(chosen) > 1 else max(rows.shape[1], 1)
     return rows[:, ::stride].reshape(-1)
 
 

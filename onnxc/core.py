@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxc.numerics.patches import Window
 from onnxc.selectors import Selector
 from onnxc.targets import Target
 
@@ -25,13 +26,15 @@ class Key:
 
     what: a row of `calib.observers.OBSERVERS`, or "drift" (see `Perturbs`). axis: the channel axis
     of a per-channel statistic, or None for one over the whole tensor. minus: the statistic is of
-    the difference from this tensor.
+    the difference from this tensor. window: how the layer that reads the tensor cuts it into rows,
+    for "moments" and "cross".
     """
 
     tensor: str
     what: str
     axis: int | None = None
     minus: str | None = None
+    window: Window | None = None
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxc.edit import values
+from onnxc.numerics.patches import Window
 
 Role = Literal["weighted", "product", "sum", "same", "activation", "recurrent", "lookup", "opaque"]
 
@@ -37,6 +38,8 @@ class Op:
     bounds: positions of the least and largest output. float_output: the integer kernel can return
     float, so that its output needs no scale. adds: the output is the sum of the data inputs.
     copies: the output holds the values of all of them, so that one scale may do for all.
+    x_axis, window: the axis of the input that the weight's input channels multiply, and how the
+    input is cut into the rows that it multiplies, as functions of the node.
     fits: whether a node suits the integer kernel. bare: the row of a node whose weight is computed.
     """
 
@@ -52,6 +55,8 @@ class Op:
     float_output: bool = False
     adds: bool = False
     copies: bool = False
+    x_axis: Callable[[gs.Node], int] | None = None
+    window: Callable[[gs.Node], Window] | None = None
     fits: Callable[[gs.Node], bool] | None = None
     bare: Op | None = None
 
@@ -86,6 +91,20 @@ def _matmul_rank(node: gs.Node) -> int:
     return len(node.inputs[1].shape)
 
 
+def _conv_window(node: gs.Node) -> Window:
+    def numbers(name: str) -> tuple[int, ...]:
+        return tuple(map(int, node.attrs.get(name, ())))
+
+    kernel = tuple(map(int, node.inputs[1].shape[2:]))
+    auto_pad = str(node.attrs.get("auto_pad", "NOTSET"))
+    lists = (numbers("strides"), numbers("dilations"), numbers("pads"))
+    return Window(kernel, *lists, auto_pad, groups(node))
+
+
+def _recurrent_window(node: gs.Node) -> Window:
+    return Window(samples=0 if node.attrs.get("layout", 0) else 1)
+
+
 def _takes_nearest(node: gs.Node) -> bool:
     return bool(node.attrs.get("mode", "nearest") == "nearest")
 
@@ -101,8 +120,24 @@ def _clips_from_zero(node: gs.Node) -> bool:
 
 
 OPS: dict[str, Op] = {
-    "Conv": Op("weighted", weight=1, bias=2, out_axis=lambda n: 0, in_axis=lambda n: 1),
-    "ConvTranspose": Op("weighted", weight=1, bias=2, out_axis=lambda n: 1, in_axis=lambda n: 0),
+    "Conv": Op(
+        "weighted",
+        weight=1,
+        bias=2,
+        out_axis=lambda n: 0,
+        in_axis=lambda n: 1,
+        x_axis=lambda n: 1,
+        window=_conv_window,
+    ),
+    "ConvTranspose": Op(
+        "weighted",
+        weight=1,
+        bias=2,
+        out_axis=lambda n: 1,
+        in_axis=lambda n: 0,
+        x_axis=lambda n: 1,
+        window=lambda n: Window(groups=groups(n)),
+    ),
     "Gemm": Op(
         "weighted",
         weight=1,
@@ -110,6 +145,8 @@ OPS: dict[str, Op] = {
         out_axis=_gemm_out,
         in_axis=lambda n: 1 - _gemm_out(n),
         float_output=True,
+        x_axis=lambda n: 0 if n.attrs.get("transA", 0) else 1,
+        window=lambda n: Window(),
     ),
     "MatMul": Op(
         "weighted",
@@ -118,9 +155,11 @@ OPS: dict[str, Op] = {
         in_axis=lambda n: _matmul_rank(n) - 2,
         y_axis=-1,
         float_output=True,
+        x_axis=lambda n: -1,
+        window=lambda n: Window(),
     ),
-    "LSTM": Op("recurrent", weight=1),
-    "GRU": Op("recurrent", weight=1),
+    "LSTM": Op("recurrent", weight=1, x_axis=lambda n: -1, window=_recurrent_window),
+    "GRU": Op("recurrent", weight=1, x_axis=lambda n: -1, window=_recurrent_window),
     "Gather": Op("lookup", weight=0, bare=Op("same")),
     "Add": Op("sum", data=(0, 1), homogeneous=True, adds=True),
     "Mul": Op("sum", data=(0, 1)),

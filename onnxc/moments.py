@@ -1,0 +1,53 @@
+"""Which moments of its input the solvers for a heavy node need: the key, or why there is none.
+
+Nodes that read one tensor in one way share a key, so that its moments are gathered once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxc.core import Key
+from onnxc.ops import is_constant, knowledge, weight_of
+
+
+def moments_key(node: gs.Node, what: str = "moments") -> Key | None:
+    """The key of the moments of a node's input; None where `why_no_moments` says why.
+
+    what: "moments", or "cross" for those between the graph as it is and the original.
+    """
+    row = knowledge(node)
+    if row.x_axis is None or row.window is None or why_no_moments(node):
+        return None
+    return Key(node.inputs[row.data[0]].name, what, row.x_axis(node), window=row.window(node))
+
+
+def why_no_moments(node: gs.Node) -> str:
+    """Why the input of a node has no moments; empty if it has."""
+    row = knowledge(node)
+    if row.window is None:
+        return f"{node.op} multiplies its input by no weight"
+    weight = weight_of(node)
+    if weight is None:
+        return "its weight is not a constant of floats"
+    if is_constant(node.inputs[row.data[0]]):
+        return "its input is a constant"
+    if row.role == "weighted" and row.float_output and len(weight.shape) != 2:
+        return f"its weight has {len(weight.shape)} axes, so there is one matrix a sample"
+    dtype = node.inputs[row.data[0]].dtype
+    return "" if dtype in (None, np.float32, np.float16, np.float64) else f"its input is {dtype}"
+
+
+def moments_keys(graph: gs.Graph) -> dict[str, Key]:
+    """Keys of the heavy nodes of a graph, by node, in order; bodies of nodes are left out."""
+    return dict(_pairs(graph))
+
+
+def _pairs(graph: gs.Graph) -> Iterator[tuple[str, Key]]:
+    for node in graph.nodes:
+        key = moments_key(node)
+        if key is not None:
+            yield node.name, key
