@@ -10,10 +10,11 @@ and between the input x̂ that a compressed graph gives a layer and the original
 
 so that the weight Ŵ = W Cᵀ Ĥ⁻¹ has the least squared error against the original output.
 
-Rows are multiplied and added in float64. A sum of n products is then within n · 2⁻⁵³ of the exact
-one, relative to Σ |x_i x_j|, so whatever the batches and merges, two sums differ by less than 1e-12.
-Of each sample at most clip(d, 16, 64) rows are taken, d being their length: neighbours look
-alike, and a hundred samples then give several times d of them.
+Rows are multiplied and added in float64, in which the product of two float32 values is exact. A
+sum of n products is then within n · 2⁻⁵³ of the exact one, relative to Σ |x_i x_j|: whatever the
+batches and merges, two sums differ by less than 1e-12. Of each sample at most clip(d/6, 8, 128)
+rows are taken, d being their length: neighbours look alike, and a hundred samples then give
+several times d of them.
 
 Of a wide layer only the **blocks** on the diagonal of H are kept, each of `block` columns; one
 column a block is the diagonal alone.
@@ -32,7 +33,8 @@ from onnxc.numerics.patches import Floats, Window, length, rows
 
 Array = NDArray[Any]
 
-FEWEST, MOST = 16, 64  # rows of a sample
+SHARE, FEWEST, MOST = 6, 8, 128  # rows of a sample: clip(d / SHARE, FEWEST, MOST)
+PENDING = 1 << 20  # bytes of rows that are multiplied at once: few rows cost as much as many
 
 
 def _nothing() -> Floats:
@@ -45,7 +47,7 @@ def _no_products() -> Floats:
 
 def positions(d: int) -> int:
     """Rows of length d that are taken of a sample."""
-    return min(max(d, FEWEST), MOST)
+    return min(max(-(-d // SHARE), FEWEST), MOST)
 
 
 def widths(d: int, block: int | None) -> tuple[int, int]:
@@ -78,20 +80,25 @@ class MomentsObserver:
     total: Floats = field(default_factory=_nothing)
     products: Floats = field(default_factory=_no_products)
 
+    def __post_init__(self) -> None:
+        self._waiting: list[Array] = []
+
     def update(self, x: Array, samples: int | None = None) -> None:
         """Add the rows of `x`, which holds that many samples; None: as many as its first axis."""
-        if x.size == 0:
-            return
-        taken, available = _rows(x, self, samples)
-        self._make_room(*taken.shape[::2])
-        self.total += taken.sum(axis=1)
-        _add_products(self.products, taken, taken)
-        self.count += taken.shape[1]
-        self.available += available
+        if x.size:
+            self._add(*_rows(x, self, samples))
+
+    def settle(self) -> None:
+        """Multiply the rows that wait; after it the sums are complete."""
+        if self._waiting:
+            self._multiply(np.concatenate(self._waiting, axis=-2, dtype=np.float64))
+            self._waiting = []
 
     def merge(self, other: Self) -> Self:
         """The observer of both data. Raises OptionError when rows or blocks differ."""
         _check_alike(self, other)
+        self.settle()
+        other.settle()
         return type(self)(
             self.axis,
             self.window,
@@ -101,6 +108,18 @@ class MomentsObserver:
             _sum(self.total, other.total),
             _sum(self.products, other.products),
         )
+
+    def _add(self, taken: Array, available: int) -> None:
+        self.count += taken.shape[-2]
+        self.available += available
+        self._waiting.append(taken)
+        if sum(rows.nbytes for rows in self._waiting) >= PENDING:
+            self.settle()
+
+    def _multiply(self, taken: Floats) -> None:
+        self._make_room(*taken.shape[::2])
+        self.total += taken.sum(axis=1)
+        _add_products(self.products, taken, taken)
 
     def _make_room(self, groups: int, d: int) -> None:
         if self.total.size == 0:
@@ -144,16 +163,17 @@ class CrossObserver(MomentsObserver):
 
     def update_pair(self, current: Array, original: Array, samples: int | None = None) -> None:
         """Add the rows of two inputs of one shape."""
-        if current.size == 0:
-            return
-        taken, available = _rows(current, self, samples)
-        theirs, _ = _rows(original, self, samples)
-        self._make_room(*taken.shape[::2])
-        self.original = _sum(self.original, theirs.sum(axis=1))
-        self.total += taken.sum(axis=1)
-        _add_products(self.products, taken, theirs)
-        self.count += taken.shape[1]
-        self.available += available
+        if current.size:
+            taken, available = _rows(current, self, samples)
+            theirs, _ = _rows(original, self, samples)
+            self._add(np.stack([taken, theirs]), available)
+
+    def _multiply(self, taken: Floats) -> None:
+        current, original = taken
+        self._make_room(*current.shape[::2])
+        self.total += current.sum(axis=1)
+        self.original = _sum(self.original, original.sum(axis=1))
+        _add_products(self.products, current, original)
 
     def merge(self, other: Self) -> Self:
         """The observer of both data. Raises OptionError when rows or blocks differ."""
@@ -162,7 +182,7 @@ class CrossObserver(MomentsObserver):
         return both
 
 
-def _rows(x: Array, observer: MomentsObserver, samples: int | None) -> tuple[Floats, int]:
+def _rows(x: Array, observer: MomentsObserver, samples: int | None) -> tuple[Array, int]:
     axis = 1 if observer.axis is None else observer.axis
     taken = positions(length(x.shape, axis, observer.window))
     return rows(x, axis, observer.window, taken, samples)

@@ -42,6 +42,7 @@ SIDE = 2048  # bins on each side of zero
 BINS = 2 * SIDE - 1
 FINEST = -126  # 2**126 is the largest scale that float32 holds
 POSITIONS = 16384  # values binned of one sample of one tensor
+PIECE = 1 << 18  # values that stay in the cache
 
 
 class Streaming(Protocol):
@@ -122,7 +123,7 @@ class HistogramObserver:
         if x.size == 0:
             return
         x = _real(x)
-        low, high = float(x.min()), float(x.max())
+        low, high = extremes(x)
         self.low, self.high = float(np.minimum(self.low, low)), float(np.maximum(self.high, high))
         self.count += x.size
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -268,6 +269,14 @@ def coarsened(counts: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
     j = np.arange(BINS) - (SIDE - 1)
     np.add.at(wide, np.sign(j) * (np.abs(j) >> min(steps, 63)) + (SIDE - 1), counts)
     return wide
+
+
+def extremes(x: Array) -> tuple[float, float]:
+    """Minimum and maximum, piece by piece: each comes from memory once and from the cache once."""
+    flat = x.reshape(-1)
+    pieces = [flat[i : i + PIECE] for i in range(0, flat.size, PIECE)]
+    pairs = [(piece.min(), piece.max()) for piece in pieces]
+    return float(np.min([low for low, _ in pairs])), float(np.max([high for _, high in pairs]))
 
 
 def every_nth(x: Array, positions: int, samples: int | None = None) -> Array:

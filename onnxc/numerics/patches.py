@@ -59,8 +59,8 @@ def length(shape: Ints, axis: int, window: Window) -> int:
 
 def rows(
     x: Array, axis: int, window: Window, positions: int, samples: int | None = None
-) -> tuple[Floats, int]:
-    """Rows of an input as float64 (groups, rows, d), and how many there were to choose from.
+) -> tuple[Array, int]:
+    """Rows of an input, (groups, rows, d) of its type, and how many there were to choose from.
 
     x: the channels on `axis`; with a kernel, (samples, channels, *spatial). samples: how many `x`
     holds, None: as many as the axis of the samples is long.
@@ -82,7 +82,7 @@ def spread(count: int, positions: int) -> NDArray[np.intp]:
 
 def _slices(
     x: Array, axis: int, groups: int, positions: int, samples: int | None
-) -> tuple[Floats, int]:
+) -> tuple[Array, int]:
     """Positions lie before and behind the axis: (samples, before, channels, behind)."""
     channels, behind = x.shape[axis], math.prod(x.shape[axis + 1 :])
     outer = math.prod(x.shape[:axis])
@@ -91,24 +91,24 @@ def _slices(
     before = outer // parts
     cut = x.reshape(parts, before, channels, behind)
     chosen = spread(before * behind, positions)
-    taken = cut[:, chosen // behind, :, chosen % behind]  # (positions, samples, channels)
+    if before == 1:
+        taken = cut[:, 0].take(chosen, axis=2).transpose(0, 2, 1)
+    else:
+        taken = cut[:, chosen // behind, :, chosen % behind]
     taken = taken.reshape(-1, groups, channels // groups).transpose(1, 0, 2)
-    return np.ascontiguousarray(taken, np.float64), parts * before * behind
+    return np.ascontiguousarray(taken), parts * before * behind
 
 
-def _patches(x: Array, window: Window, positions: int) -> tuple[Floats, int]:
+def _patches(x: Array, window: Window, positions: int) -> tuple[Array, int]:
     samples, channels = x.shape[:2]
     places, outside, count = _places(x.shape[2:], window, positions)
-    taken = x.reshape(samples, channels, -1)[
-        :, :, places
-    ]  # (samples, channels, positions, offsets)
+    taken = x.reshape(samples, channels, -1).take(places.reshape(-1), axis=2)
+    taken = taken.reshape(samples, channels, *places.shape)
     if outside.any():
         taken[:, :, outside] = 0
     each = channels // window.groups
-    result = np.empty((window.groups, samples, len(places), each, places.shape[1]))
-    grouped = taken.reshape(samples, window.groups, each, *places.shape)
-    result[...] = grouped.transpose(1, 0, 3, 2, 4)
-    return result.reshape(window.groups, samples * len(places), -1), samples * count
+    grouped = taken.reshape(samples, window.groups, each, *places.shape).transpose(1, 0, 3, 2, 4)
+    return grouped.reshape(window.groups, samples * len(places), -1), samples * count
 
 
 @lru_cache(maxsize=256)
