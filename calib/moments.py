@@ -12,7 +12,7 @@ so that the weight Ŵ = W Cᵀ Ĥ⁻¹ has the least squared error against the o
 
 Rows are multiplied and added in float64, in which the product of two float32 values is exact. A
 sum of n products is then within n · 2⁻⁵³ of the exact one, relative to Σ |x_i x_j|: whatever the
-batches and merges, two sums differ by less than 1e-12. Of each sample at most clip(d/6, 8, 128)
+batches and merges, two sums differ by less than 1e-12. Of each sample at most clip(d/12, 8, 64)
 rows are taken, d being their length: neighbours look alike, and a hundred samples then give
 several times d of them.
 
@@ -33,7 +33,7 @@ from onnxc.numerics.patches import Floats, Window, length, rows
 
 Array = NDArray[Any]
 
-SHARE, FEWEST, MOST = 6, 8, 128  # rows of a sample: clip(d / SHARE, FEWEST, MOST)
+SHARE, FEWEST, MOST = 12, 8, 64  # rows of a sample: clip(d / SHARE, FEWEST, MOST)
 PENDING = 1 << 20  # bytes of rows that are multiplied at once: few rows cost as much as many
 
 
@@ -91,7 +91,8 @@ class MomentsObserver:
     def settle(self) -> None:
         """Multiply the rows that wait; after it the sums are complete."""
         if self._waiting:
-            self._multiply(np.concatenate(self._waiting, axis=-2, dtype=np.float64))
+            with np.errstate(invalid="ignore"):  # infinity is found in the sums, and named there
+                self._multiply(np.concatenate(self._waiting, axis=-2, dtype=np.float64))
             self._waiting = []
 
     def merge(self, other: Self) -> Self:
@@ -145,10 +146,12 @@ class MomentsObserver:
 
     @property
     def is_finite(self) -> bool:
+        self.settle()
         return bool(np.isfinite(self.total).all())
 
     @property
     def has_nan(self) -> bool:
+        self.settle()
         return bool(np.isnan(self.total).any())
 
 
@@ -160,6 +163,10 @@ class CrossObserver(MomentsObserver):
     """
 
     original: Floats = field(default_factory=_nothing)
+
+    def update(self, x: Array, samples: int | None = None) -> None:
+        """Add the rows of an input that the graphs agree on."""
+        self.update_pair(x, x, samples)
 
     def update_pair(self, current: Array, original: Array, samples: int | None = None) -> None:
         """Add the rows of two inputs of one shape."""

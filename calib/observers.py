@@ -17,8 +17,8 @@ data comes first, the same bins result. Each side has its own bins, so that a on
 wide: its centre is zero, the one value that every quantization grid represents.
 
 An update takes `samples`, the number of samples that the array holds in its leading axis; a
-histogram bins at most `positions` values of each sample, every n-th one, n being coprime to the
-sample's size so that no row, column or channel is favoured. Minimum and maximum see every value.
+histogram bins at most `positions` values of each sample, spread evenly
+(`onnxc.numerics.sampling`). Minimum and maximum see every value.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from numpy.typing import NDArray
 from calib.moments import CrossObserver, MomentsObserver
 from onnxc.core import Key
 from onnxc.errors import OptionError
-from onnxc.numerics.patches import spread
+from onnxc.numerics.sampling import start, stride
 
 Array = NDArray[Any]
 
 SIDE = 2048  # bins on each side of zero
 BINS = 2 * SIDE - 1
 FINEST = -126  # 2**126 is the largest scale that float32 holds
-POSITIONS = 16384  # values binned of one sample of one tensor
+POSITIONS = 8192  # values binned of one sample of one tensor
 PIECE = 1 << 18  # values that stay in the cache
 
 
@@ -280,12 +280,14 @@ def extremes(x: Array) -> tuple[float, float]:
 
 
 def every_nth(x: Array, positions: int, samples: int | None = None) -> Array:
-    """At most `positions` values of each sample, flat: every n-th, n coprime to its size."""
+    """At most `positions` values of each sample, flat."""
     parts = samples if samples is not None else (x.shape[0] if x.ndim else 1)
     rows = x.reshape(parts if parts and x.size % parts == 0 else 1, -1)
-    chosen = spread(rows.shape[1], positions)
-    stride = int(chosen[1]) if len(chosen) > 1 else max(rows.shape[1], 1)
-    return rows[:, ::stride].reshape(-1)
+    step = stride(rows.shape[1], positions)
+    if step == 1:
+        return rows.reshape(-1)
+    taken = [row[start(row, min(step, row.size)) :: step] for row in rows]
+    return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
 
 def _channels(x: Array, axis: int | None) -> Array:

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from calib import tap
-from calib.collect import ARENA, BASE, MIB, WEIGHT_COPIES, rows_of
 from calib.data import Dataset
 from calib.inputs import Feed, fixed_batch
+from calib.observe import rows_of
+from calib.plan import ARENA, BASE, MIB, WEIGHT_COPIES
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.graph import Model, to_proto
 from onnxc.runtime import Runtime, run, session

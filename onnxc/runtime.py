@@ -26,7 +26,8 @@ class Runtime:
 
     threads: intra-op threads, 0 for all cores. level: a key of LEVELS. provider: any execution
     provider of the installed ONNX Runtime, with or without the suffix "ExecutionProvider". lean:
-    plan no memory ahead, which takes a second set of buffers; for few runs of a model.
+    plan no memory ahead, which takes a second set of buffers, and let threads sleep between runs,
+    where others have work; for few runs of a model.
     """
 
     threads: int = 1
@@ -58,6 +59,8 @@ def session(
     options.log_severity_level = 4
     options.graph_optimization_level = LEVELS[runtime.level]
     options.enable_mem_pattern = not runtime.lean
+    if runtime.lean:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if dump is not None:
         options.optimized_model_filepath = str(dump)
     source = model if isinstance(model, bytes) else str(model)

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from texts import bind, normal
 
 from calib import merge, tap
-from calib.collect import ARENA, BASE, WEIGHT_COPIES, Collected, collect, plan_runs
+from calib.collect import Collected, collect
 from calib.data import Dataset, InputSpec, open_data
-from calib.observers import OBSERVERS, is_equal
+from calib.observers import BINS, OBSERVERS, is_equal
+from calib.plan import ARENA, BASE, WEIGHT_COPIES, plan_runs
 from onnxc.core import Key
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.graph import Model, load, to_proto
@@ -45,6 +46,7 @@ def network() -> onnx.ModelProto:
 
 
 TENSORS = ("x", "r", "b", "s", "f", "y")
+KEYS = [Key(name, "histogram") for name in TENSORS]
 
 
 def dataset(images: Array = IMAGES) -> Dataset:
@@ -89,7 +91,8 @@ def test_a_key_can_ask_for_channels_and_for_several_statistics() -> None:
 def room_for(taps: int) -> int:
     """max_memory for that many taps of one sample, beside the three tensors alive at Add."""
     weights = tap.weight_bytes(to_proto(load(network())).graph)
-    return BASE + WEIGHT_COPIES * weights + int((taps + 3) * ARENA * 6 * 8 * 8 * 4)
+    histograms = 2 * len(TENSORS) * 8 * BINS
+    return BASE + WEIGHT_COPIES * weights + histograms + int((taps + 3) * ARENA * 6 * 8 * 8 * 4)
 
 
 def test_segments_keep_the_estimate_below_the_bound_and_the_statistics_the_same() -> None:
@@ -118,14 +121,16 @@ def test_a_bound_that_cannot_hold_is_named_and_the_work_done() -> None:
 
 def test_the_plan_does_not_depend_on_how_many_samples_there_are() -> None:
     proto, taps = to_proto(load(network())), ["r", "s"]
-    few, many = (plan_runs(proto, taps, dataset(normal(n, 3, 8, 8)), room_for(3)) for n in (20, 80))
-    assert few == many
+    few, many = (
+        plan_runs([proto], taps, KEYS, dataset(normal(n, 3, 8, 8)), room_for(3)) for n in (20, 80)
+    )
+    assert few == replace(many, parts=few.parts)
     assert few.batch == 1
 
 
 def test_memory_allows_for_larger_batches() -> None:
     proto = to_proto(load(network()))
-    plan = plan_runs(proto, ["r", "s"], dataset(normal(80, 3, 8, 8)), None)
+    plan = plan_runs([proto], ["r", "s"], [], dataset(normal(80, 3, 8, 8)))
     assert plan.batch == 64
     assert len(plan.segments) == 1
 
@@ -210,9 +215,9 @@ def unary(op: str) -> Model:
 @pytest.mark.parametrize("what", list(OBSERVERS))
 def test_nan_names_the_tensor_and_infinity_leaves_it_out(what: str) -> None:
     with pytest.raises(DataError, match="'h' holds NaN"):
-        collect(unary("Log"), [Key("h", what)], dataset(-np.abs(IMAGES) - 1))
+        collect(unary("Log"), [Key("h", what)], dataset(-np.abs(IMAGES) - 1), original=unary("Log"))
     keys = [Key("h", what), Key("x", what)]
-    found = collect(unary("Log"), keys, dataset(np.zeros_like(IMAGES)))
+    found = collect(unary("Log"), keys, dataset(np.zeros_like(IMAGES)), original=unary("Log"))
     assert set(found.stats) == {keys[1]}
     assert any("'h' holds infinite values" in note for note in found.notes)
 

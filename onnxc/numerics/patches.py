@@ -8,8 +8,8 @@ A layer sees its input as **rows**, one for each position of its output:
                       and kernel offset k; in the order of W.reshape(out, −1)
     ConvTranspose     the channels at one input position
 
-Neighbouring positions look alike, so each sample gives at most `positions` rows, evenly spread:
-every n-th, n being coprime to their number so that no row or column of an image is favoured.
+Neighbouring positions look alike, so each sample gives at most `positions` rows, spread evenly
+(`onnxc.numerics.sampling`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from onnxc.numerics.sampling import spread, start, stride
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -72,14 +74,6 @@ def rows(
     return _patches(x, window, positions)
 
 
-def spread(count: int, positions: int) -> NDArray[np.intp]:
-    """At most `positions` of 0 … count − 1, evenly spread."""
-    stride = -(-count // positions)
-    while math.gcd(stride, count) > 1 and stride > 1:
-        stride += 1
-    return np.arange(0, count, stride)
-
-
 def _slices(
     x: Array, axis: int, groups: int, positions: int, samples: int | None
 ) -> tuple[Array, int]:
@@ -90,63 +84,82 @@ def _slices(
     parts = parts if parts and outer % parts == 0 else 1
     before = outer // parts
     cut = x.reshape(parts, before, channels, behind)
-    chosen = spread(before * behind, positions)
-    if before == 1:
-        taken = cut[:, 0].take(chosen, axis=2).transpose(0, 2, 1)
-    else:
-        taken = cut[:, chosen // behind, :, chosen % behind]
+    step = stride(before * behind, positions)
+    taken = _stacked([_positions_of(sample, step) for sample in cut])  # (samples, rows, channels)
     taken = taken.reshape(-1, groups, channels // groups).transpose(1, 0, 2)
-    return np.ascontiguousarray(taken), parts * before * behind
+    return taken, parts * before * behind
+
+
+def _stacked(arrays: list[Array]) -> Array:
+    return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
+
+
+def _positions_of(sample: Array, step: int) -> Array:
+    """Slices (rows, channels) at the chosen positions of a sample (before, channels, behind)."""
+    before, _, behind = sample.shape
+    chosen = spread(before * behind, step, start(sample, step))
+    if before == 1:
+        return np.take(sample[0], chosen, axis=1).T
+    taken: Array = sample[chosen // behind, :, chosen % behind]
+    return taken
 
 
 def _patches(x: Array, window: Window, positions: int) -> tuple[Array, int]:
     samples, channels = x.shape[:2]
-    places, outside, count = _places(x.shape[2:], window, positions)
-    taken = x.reshape(samples, channels, -1).take(places.reshape(-1), axis=2)
-    taken = taken.reshape(samples, channels, *places.shape)
-    if outside.any():
-        taken[:, :, outside] = 0
+    spatial = x.shape[2:]
+    count = math.prod(_geometry(spatial, window)[0])
+    step = stride(count, positions)
+    taken = _stacked([_patches_of(sample, spatial, window, step) for sample in x])
     each = channels // window.groups
-    grouped = taken.reshape(samples, window.groups, each, *places.shape).transpose(1, 0, 3, 2, 4)
-    return grouped.reshape(window.groups, samples * len(places), -1), samples * count
+    grouped = taken.reshape(samples, window.groups, each, *taken.shape[2:]).transpose(1, 0, 3, 2, 4)
+    return grouped.reshape(window.groups, samples * taken.shape[2], -1), samples * count
+
+
+def _patches_of(sample: Array, spatial: Ints, window: Window, step: int) -> Array:
+    """Patches (channels, rows, offsets) at the chosen positions of a sample."""
+    places, outside = _places(spatial, window, step, start(sample, step))
+    taken = sample.reshape(len(sample), -1).take(places.reshape(-1), axis=1)
+    taken = taken.reshape(len(sample), *places.shape)
+    if outside is not None:
+        taken[:, outside] = 0
+    return taken
+
+
+@lru_cache(maxsize=512)
+def _places(
+    spatial: Ints, window: Window, step: int, begin: int
+) -> tuple[NDArray[np.intp], NDArray[np.bool_] | None]:
+    """Flat places (rows, offsets) of the patches, and which are padding, None where none is."""
+    sizes, begins, strides, dilations = _geometry(spatial, window)
+    count = math.prod(sizes)
+    chosen = np.unravel_index(spread(count, step, begin), sizes) if count else ()
+    offsets = np.array(list(itertools.product(*map(range, window.kernel))), np.intp)
+    flat = np.zeros((-(-count // step), len(offsets)), np.intp)
+    outside = np.zeros(flat.shape, bool)
+    for axis, at in enumerate(chosen):
+        corner = at * strides[axis] - begins[axis]
+        index = corner[:, None] + offsets[:, axis] * dilations[axis]
+        outside |= (index < 0) | (index >= spatial[axis])
+        flat = flat * spatial[axis] + np.clip(index, 0, spatial[axis] - 1)
+    return flat, outside if outside.any() else None
 
 
 @lru_cache(maxsize=256)
-def _places(
-    spatial: Ints, window: Window, positions: int
-) -> tuple[NDArray[np.intp], NDArray[np.bool_], int]:
-    """Flat places (positions, offsets), which are padding, and the number of all positions."""
+def _geometry(spatial: Ints, window: Window) -> tuple[Ints, Ints, Ints, Ints]:
+    """Output sizes, leading pads, strides, dilations; SAME gives ⌈input / stride⌉ outputs."""
     rank = len(spatial)
     strides, dilations = window.strides or (1,) * rank, window.dilations or (1,) * rank
     spans = [(k - 1) * d + 1 for k, d in zip(window.kernel, dilations, strict=True)]
-    sizes, begins = _geometry(spatial, spans, strides, window)
-    count = math.prod(sizes)
-    chosen = np.unravel_index(spread(count, positions), sizes) if count else [np.arange(0)] * rank
-    offsets = np.array(list(itertools.product(*map(range, window.kernel))), np.intp)
-    flat = np.zeros((len(chosen[0]), len(offsets)), np.intp)
-    outside = np.zeros(flat.shape, bool)
-    for axis, size in enumerate(spatial):
-        corner = chosen[axis] * strides[axis] - begins[axis]
-        index = corner[:, None] + offsets[:, axis] * dilations[axis]
-        outside |= (index < 0) | (index >= size)
-        flat = flat * size + np.clip(index, 0, size - 1)
-    return flat, outside, count
-
-
-def _geometry(
-    spatial: Ints, spans: list[int], strides: Ints, window: Window
-) -> tuple[list[int], list[int]]:
-    """Output sizes and leading pads; SAME pads so that the size is ⌈input / stride⌉."""
-    rank = len(spatial)
-    pads = list(window.pads) or [0] * (2 * rank)
+    pads = window.pads or (0,) * (2 * rank)
     if window.auto_pad.startswith("SAME"):
-        sizes = [-(-size // stride) for size, stride in zip(spatial, strides, strict=True)]
-        outs = zip(sizes, strides, spans, spatial, strict=True)
-        total = [max((o - 1) * stride + span - size, 0) for o, stride, span, size in outs]
-        half = [(t + (window.auto_pad == "SAME_LOWER")) // 2 for t in total]
-        return sizes, half
+        sizes = tuple(-(-n // s) for n, s in zip(spatial, strides, strict=True))
+        axes = zip(sizes, strides, spans, spatial, strict=True)
+        total = [max((out - 1) * s + span - n, 0) for out, s, span, n in axes]
+        begins = tuple((t + (window.auto_pad == "SAME_LOWER")) // 2 for t in total)
+        return sizes, begins, strides, dilations
     if window.auto_pad == "VALID":
-        pads = [0] * (2 * rank)
-    padded = [size + pads[i] + pads[i + rank] for i, size in enumerate(spatial)]
-    pairs = zip(padded, spans, strides, strict=True)
-    return [max((size - span) // stride + 1, 0) for size, span, stride in pairs], pads[:rank]
+        pads = (0,) * (2 * rank)
+    padded = [n + pads[i] + pads[i + rank] for i, n in enumerate(spatial)]
+    fits = zip(padded, spans, strides, strict=True)
+    sizes = tuple(max((n - span) // s + 1, 0) for n, span, s in fits)
+    return sizes, tuple(pads[:rank]), strides, dilations

@@ -1,0 +1,168 @@
+"""The map step: run the tapped model over one part of the data into fresh observers.
+
+All that it needs is in a `Work`, which travels as it is; what it returns depends on nothing else,
+neither on the process that runs it nor on the parts before. Tensors of one run are observed side by
+side in threads, each tensor by one thread with one BLAS thread, so that sums keep their order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import onnxruntime as ort
+from onnx import ModelProto
+from threadpoolctl import threadpool_limits
+
+from calib import tap
+from calib.data import Dataset
+from calib.inputs import Array, Feed
+from calib.moments import CrossObserver, MomentsObserver
+from calib.observers import Streaming, observer_of
+from calib.plan import Plan
+from onnxc.core import Key
+from onnxc.runtime import Runtime, run, session
+
+Stats = dict[Key, Streaming]
+Seen = Callable[[int], None]  # told how many samples a run had
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model (for cross moments with the original), what to observe of it, on which data, how."""
+
+    protos: tuple[ModelProto, ...]
+    keys: tuple[Key, ...]
+    plan: Plan
+    dataset: Dataset
+    threads: int = 1
+
+    def keys_of(self, segment: int) -> tuple[Key, ...]:
+        """Keys that are observed in a segment; those of the model's inputs are in the first."""
+        here = self.plan.segments[segment]
+        tapped = {name for taps in self.plan.segments for name in taps}
+        return tuple(
+            k for k in self.keys if k.name in here or (not segment and k.name not in tapped)
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The sessions of a segment: of the model, and of the original where keys are cross."""
+
+    current: ort.InferenceSession | None
+    original: ort.InferenceSession | None = None
+
+
+def open_segment(work: Work, segment: int) -> Opened:
+    """Sessions on the parts of the models that the taps of a segment need."""
+    taps = work.plan.segments[segment]
+    crossed = {key.name for key in work.keys if key.what == "cross"}
+    wanted = (list(taps), [name for name in taps if name in crossed])
+    pairs = zip(work.protos, wanted, strict=False)
+    return Opened(
+        *(_session(proto, names, work.threads) if names else None for proto, names in pairs)
+    )
+
+
+def _session(proto: ModelProto, taps: Sequence[str], threads: int) -> ort.InferenceSession:
+    return session(tap.tapped(proto, taps).SerializeToString(), Runtime(threads, lean=True))
+
+
+class Pool(ThreadPoolExecutor):
+    """Threads for observers, this one among them."""
+
+    def __init__(self, threads: int) -> None:
+        self.workers = threads or os.cpu_count() or 1
+        super().__init__(self.workers)
+
+
+@contextmanager
+def observing(threads: int) -> Iterator[Pool]:
+    """The threads; while they are there, BLAS takes one thread a call."""
+    with Pool(threads) as pool, threadpool_limits(1, user_api="blas"):
+        yield pool
+
+
+def observe_part(
+    work: Work, segment: int, part: slice, opened: Opened, pool: Pool, seen: Seen | None = None
+) -> Stats:
+    """Statistics of one part of the samples, for the keys of one segment."""
+    stats = {key: _empty(key, work.plan.blocks) for key in work.keys_of(segment)}
+    by_name: dict[str, list[Streaming]] = {}
+    for key, observer in stats.items():
+        by_name.setdefault(key.name, []).append(observer)
+    axes = work.dataset.source.axes
+    for feed in work.dataset.subset(part).batches(work.plan.batch):
+        rows = rows_of(feed, axes)
+        _observe(opened, feed, by_name, rows, pool)
+        if seen is not None:
+            seen(rows)
+    waiting = [o for o in stats.values() if isinstance(o, MomentsObserver)]
+    list(pool.map(MomentsObserver.settle, waiting))
+    return stats
+
+
+def merged(total: Stats, more: Stats) -> Stats:
+    """Both, merged key by key, so that no third copy of all is held; both arguments are used up."""
+    for key in list(more):
+        observer = more.pop(key)
+        total[key] = total[key].merge(observer) if key in total else observer
+    return total
+
+
+def rows_of(feed: Feed, axes: Mapping[str, int | None]) -> int:
+    """Samples in a feed."""
+    return next((x.shape[a] for n, x in feed.items() if (a := axes[n]) is not None), 1)
+
+
+def _empty(key: Key, blocks: Mapping[Key, int]) -> Streaming:
+    observer = observer_of(key)
+    if key in blocks and isinstance(observer, MomentsObserver):
+        observer.block = blocks[key]
+    return observer
+
+
+def _observe(
+    opened: Opened,
+    feed: Feed,
+    observers: Mapping[str, Sequence[Streaming]],
+    rows: int,
+    pool: Pool,
+) -> None:
+    """One run; each tensor is given free as soon as its observers have seen it."""
+    tensors = {name: feed[name] for name in feed if name in observers}
+    originals = _run(opened.original, feed)
+    tensors |= _run(opened.current, feed)
+    waiting = deque(sorted(tensors, key=lambda name: -tensors[name].size))
+
+    def see() -> None:
+        while waiting:
+            try:
+                name = waiting.popleft()
+            except IndexError:  # another thread was faster
+                return
+            _see(observers[name], tensors.pop(name), originals.pop(name, None), rows)
+
+    jobs = [pool.submit(see) for _ in range(pool.workers - 1)]
+    see()
+    for job in jobs:
+        job.result()
+
+
+def _run(opened: ort.InferenceSession | None, feed: Feed) -> Feed:
+    if opened is None:
+        return {}
+    return run(opened, {i.name: feed[i.name] for i in opened.get_inputs()})
+
+
+def _see(observers: Sequence[Streaming], x: Array, original: Array | None, rows: int) -> None:
+    for observer in observers:
+        if isinstance(observer, CrossObserver):
+            observer.update_pair(x, x if original is None else original, rows)
+        else:
+            observer.update(x, rows)
