@@ -24,7 +24,7 @@ from calib.observers import OBSERVERS, HistogramObserver, Streaming
 from calib.plan import plan_runs
 from onnxc.core import Key
 from onnxc.errors import DataError, ModelError, OptionError
-from onnxc.graph import Model, to_proto
+from onnxc.graph import Model, skeleton, to_proto
 
 Progress = Callable[[int, int], None]
 
@@ -100,13 +100,13 @@ def collect(
 def _protos(model: Model, original: Model | None, keys: Sequence[Key]) -> tuple[ModelProto, ...]:
     """The model, and the original where keys ask for cross moments."""
     crossed = [key.tensor for key in keys if key.what == "cross"]
-    protos = [to_proto(model)]
+    protos = [_with_types(model)]
     _add_differences(protos[0], keys)
     if not crossed:
         return tuple(protos)
     if original is None:
         raise OptionError(f"cross moments of {crossed[0]!r} need the original model as well")
-    protos.append(to_proto(original))
+    protos.append(_with_types(original))
     inputs = {i.name for i in protos[1].graph.input}
     missing = set(crossed) - tap.produced(protos[1].graph) - inputs
     if missing:
@@ -114,12 +114,24 @@ def _protos(model: Model, original: Model | None, keys: Sequence[Key]) -> tuple[
     return tuple(protos)
 
 
+def _with_types(model: Model) -> ModelProto:
+    """The model with what is known of the shapes inside it, which saves a run to observe them."""
+    proto = to_proto(model)
+    typed, _ = skeleton(model)
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(typed.graph.value_info)
+    return proto
+
+
 def _add_differences(proto: ModelProto, keys: Sequence[Key]) -> None:
     """Let the model compute what keys with `minus` observe."""
+    types = {value.name: value.type for value in proto.graph.value_info}
     for key in keys:
         if key.minus is not None:
             inputs = [key.tensor, key.minus]
             proto.graph.node.append(onnx.helper.make_node("Sub", inputs, [key.name]))
+            if key.tensor in types:
+                proto.graph.value_info.add(name=key.name, type=types[key.tensor])
 
 
 def observable(proto: ModelProto, keys: Sequence[Key]) -> tuple[list[Key], tuple[str, ...]]:

@@ -12,7 +12,7 @@ so that the weight Ŵ = W Cᵀ Ĥ⁻¹ has the least squared error against the o
 
 Rows are multiplied and added in float64, in which the product of two float32 values is exact. A
 sum of n products is then within n · 2⁻⁵³ of the exact one, relative to Σ |x_i x_j|: whatever the
-batches and merges, two sums differ by less than 1e-12. Of each sample at most clip(d/12, 8, 64)
+batches and merges, two sums differ by less than 1e-12. Of each sample at most clip(d/12, 8, 32)
 rows are taken, d being their length: neighbours look alike, and a hundred samples then give
 several times d of them.
 
@@ -33,8 +33,8 @@ from onnxc.numerics.patches import Floats, Window, length, rows
 
 Array = NDArray[Any]
 
-SHARE, FEWEST, MOST = 12, 8, 64  # rows of a sample: clip(d / SHARE, FEWEST, MOST)
-PENDING = 1 << 20  # bytes of rows that are multiplied at once: few rows cost as much as many
+SHARE, FEWEST, MOST = 12, 8, 32  # rows of a sample: clip(d / SHARE, FEWEST, MOST)
+PENDING = 1 << 21  # bytes of rows that are multiplied at once: few rows cost as much as many
 
 
 def _nothing() -> Floats:
@@ -106,8 +106,8 @@ class MomentsObserver:
             self.block,
             self.count + other.count,
             self.available + other.available,
-            _sum(self.total, other.total),
-            _sum(self.products, other.products),
+            _sum(self.total.copy(), other.total),
+            _sum(self.products.copy(), other.products),
         )
 
     def _add(self, taken: Array, available: int) -> None:
@@ -118,15 +118,8 @@ class MomentsObserver:
             self.settle()
 
     def _multiply(self, taken: Floats) -> None:
-        self._make_room(*taken.shape[::2])
-        self.total += taken.sum(axis=1)
-        _add_products(self.products, taken, taken)
-
-    def _make_room(self, groups: int, d: int) -> None:
-        if self.total.size == 0:
-            count, width = widths(d, self.block)
-            self.total = np.zeros((groups, d))
-            self.products = np.zeros((groups, count, width, width))
+        self.total = _sum(taken.sum(axis=1), self.total)
+        self.products = _sum(_products(taken, taken, self.block), self.products)
 
     @property
     def mean(self) -> Floats:
@@ -177,15 +170,14 @@ class CrossObserver(MomentsObserver):
 
     def _multiply(self, taken: Floats) -> None:
         current, original = taken
-        self._make_room(*current.shape[::2])
-        self.total += current.sum(axis=1)
-        self.original = _sum(self.original, original.sum(axis=1))
-        _add_products(self.products, current, original)
+        self.total = _sum(current.sum(axis=1), self.total)
+        self.original = _sum(original.sum(axis=1), self.original)
+        self.products = _sum(_products(current, original, self.block), self.products)
 
     def merge(self, other: Self) -> Self:
         """The observer of both data. Raises OptionError when rows or blocks differ."""
         both = super().merge(other)
-        both.original = _sum(self.original, other.original)
+        both.original = _sum(self.original.copy(), other.original)
         return both
 
 
@@ -195,15 +187,20 @@ def _rows(x: Array, observer: MomentsObserver, samples: int | None) -> tuple[Arr
     return rows(x, axis, observer.window, taken, samples)
 
 
-def _add_products(sums: Floats, a: Floats, b: Floats) -> None:
-    """Σ a bᵀ onto the blocks; where a is b, BLAS computes one half of the symmetric matrix."""
-    width = sums.shape[-1]
-    for block in range(sums.shape[1]):
-        columns = slice(block * width, (block + 1) * width)
+def _products(a: Floats, b: Floats, block: int | None) -> Floats:
+    """Σ a bᵀ in blocks; where a is b, BLAS computes one half of the symmetric matrix."""
+    d = a.shape[2]
+    count, width = widths(d, block)
+    if count == 1:
+        return (a.transpose(0, 2, 1) @ b)[:, None]
+    products = np.zeros((len(a), count, width, width))
+    for index in range(count):
+        columns = slice(index * width, (index + 1) * width)
         left = a[..., columns]
         right = left if a is b else b[..., columns]
-        size = left.shape[-1]
-        sums[:, block, :size, :size] += left.transpose(0, 2, 1) @ right
+        size = left.shape[2]
+        products[:, index, :size, :size] = left.transpose(0, 2, 1) @ right
+    return products
 
 
 def _assembled(products: Floats, d: int) -> Floats:
@@ -215,9 +212,12 @@ def _assembled(products: Floats, d: int) -> Floats:
     return whole[:, :d, :d]
 
 
-def _sum(a: Floats, b: Floats) -> Floats:
-    """a + b, where what saw nothing yet has no shape."""
-    return b.copy() if a.size == 0 else a.copy() if b.size == 0 else a + b
+def _sum(new: Floats, old: Floats) -> Floats:
+    """new + old, in the place of `new`; an empty sum has no shape yet."""
+    if old.size == 0 or new.size == 0:
+        return new if old.size == 0 else old
+    new += old
+    return new
 
 
 def _check_alike(a: MomentsObserver, b: MomentsObserver) -> None:

@@ -131,7 +131,11 @@ class HistogramObserver:
         self._coarsen(exponent_of(max(abs(low), abs(high))))
         sampled = every_nth(x, self.positions, samples)
         scaled = sampled * np.asarray(math.ldexp(1.0, -self.exponent), sampled.dtype)
-        self.counts += np.bincount(scaled.astype(np.intp) + (SIDE - 1), minlength=BINS)
+        bins = scaled.astype(np.intp)
+        if low < 0:
+            self.counts += np.bincount(bins + (SIDE - 1), minlength=BINS)
+        else:
+            self.counts[SIDE - 1 :] += np.bincount(bins, minlength=SIDE)
 
     def merge(self, other: Self) -> Self:
         """The observer of both data. Raises OptionError when they sample differently."""
