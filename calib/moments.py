@@ -8,7 +8,8 @@ and between the input x̂ that a compressed graph gives a layer and the original
 
     C = Σ x̂ xᵀ / n,
 
-so that the weight Ŵ = W Cᵀ Ĥ⁻¹ has the least squared error against the original output.
+so that the weight Ŵ = W Cᵀ Ĥ⁻¹ has the least squared error against the original output. Ĥ and C
+are of the same rows: from different ones, their noise would not cancel.
 
 Rows are multiplied and added in float64, in which the product of two float32 values is exact. A
 sum of n products is then within n · 2⁻⁵³ of the exact one, relative to Σ |x_i x_j|: whatever the
@@ -22,7 +23,7 @@ column a block is the diagonal alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -86,7 +87,8 @@ class MomentsObserver:
     def update(self, x: Array, samples: int | None = None) -> None:
         """Add the rows of `x`, which holds that many samples; None: as many as its first axis."""
         if x.size:
-            self._add(*_rows(x, self, samples))
+            axis = 1 if self.axis is None else self.axis
+            self._add(*rows(x, axis, self.window, self._positions(x), samples))
 
     def settle(self) -> None:
         """Multiply the rows that wait; after it the sums are complete."""
@@ -110,11 +112,15 @@ class MomentsObserver:
             _sum(self.products.copy(), other.products),
         )
 
+    def _positions(self, x: Array) -> int:
+        axis = 1 if self.axis is None else self.axis
+        return positions(length(x.shape, axis, self.window))
+
     def _add(self, taken: Array, available: int) -> None:
         self.count += taken.shape[-2]
         self.available += available
         self._waiting.append(taken)
-        if sum(rows.nbytes for rows in self._waiting) >= PENDING:
+        if sum(part.nbytes for part in self._waiting) >= PENDING:
             self.settle()
 
     def _multiply(self, taken: Floats) -> None:
@@ -150,41 +156,45 @@ class MomentsObserver:
 
 @dataclass
 class CrossObserver(MomentsObserver):
-    """Sums of products x̂ xᵀ of the input that a rewritten graph gives a layer and the original's.
+    """The same of the input x̂ that a rewritten graph gives a layer, and its products with x.
 
-    total: Σ x̂; original: Σ x; products: Σ x̂ xᵀ, x̂ along the rows.
+    x is the original's input at the same positions. original: Σ x, (groups, d). crossed: Σ x̂ xᵀ,
+    x̂ along the rows, in blocks like the products, which are Σ x̂ x̂ᵀ.
     """
 
     original: Floats = field(default_factory=_nothing)
+    crossed: Floats = field(default_factory=_no_products)
 
     def update(self, x: Array, samples: int | None = None) -> None:
         """Add the rows of an input that the graphs agree on."""
         self.update_pair(x, x, samples)
 
     def update_pair(self, current: Array, original: Array, samples: int | None = None) -> None:
-        """Add the rows of two inputs of one shape."""
-        if current.size:
-            taken, available = _rows(current, self, samples)
-            theirs, _ = _rows(original, self, samples)
-            self._add(np.stack([taken, theirs]), available)
-
-    def _multiply(self, taken: Floats) -> None:
-        current, original = taken
-        self.total = _sum(current.sum(axis=1), self.total)
-        self.original = _sum(original.sum(axis=1), self.original)
-        self.products = _sum(_products(current, original, self.block), self.products)
+        """Add the rows of two inputs of one shape, taken at the same positions."""
+        if not current.size:
+            return
+        axis = 1 if self.axis is None else self.axis
+        both = np.concatenate([current, original], axis)
+        window = replace(self.window, groups=2 * self.window.groups)
+        self._add(*rows(both, axis, window, self._positions(current), samples))
 
     def merge(self, other: Self) -> Self:
         """The observer of both data. Raises OptionError when rows or blocks differ."""
         both = super().merge(other)
         both.original = _sum(self.original.copy(), other.original)
+        both.crossed = _sum(self.crossed.copy(), other.crossed)
         return both
 
+    def _multiply(self, taken: Floats) -> None:
+        current, original = np.split(taken, 2)
+        super()._multiply(current)
+        self.original = _sum(original.sum(axis=1), self.original)
+        self.crossed = _sum(_products(current, original, self.block), self.crossed)
 
-def _rows(x: Array, observer: MomentsObserver, samples: int | None) -> tuple[Array, int]:
-    axis = 1 if observer.axis is None else observer.axis
-    taken = positions(length(x.shape, axis, observer.window))
-    return rows(x, axis, observer.window, taken, samples)
+    @property
+    def cross(self) -> Floats:
+        """C, (groups, d, d); zero outside its blocks."""
+        return _assembled(self.crossed, self.total.shape[1]) / max(self.count, 1)
 
 
 def _products(a: Floats, b: Floats, block: int | None) -> Floats:

@@ -140,7 +140,8 @@ def _bytes(key: Key, layouts: Layouts, block: int | None = None) -> int:
         return 8 * BINS
     if key.what not in MOMENTS or key.name not in layouts:
         return 0
-    return moments.bytes_of(layouts[key.name].shape, *_cut(key), block)
+    size = moments.bytes_of(layouts[key.name].shape, *_cut(key), block)
+    return 2 * size if key.what == "cross" else size
 
 
 def _cut(key: Key) -> tuple[int, Window]:
