@@ -35,7 +35,7 @@ from onnxc.numerics.patches import Floats, Window, length, rows
 Array = NDArray[Any]
 
 SHARE, FEWEST, MOST = 12, 8, 32  # rows of a sample: clip(d / SHARE, FEWEST, MOST)
-PENDING = 1 << 21  # bytes of rows that are multiplied at once: few rows cost as much as many
+PENDING = 1 << 20  # bytes of rows that are multiplied at once: few rows cost as much as many
 
 
 def _nothing() -> Floats:

@@ -3,7 +3,9 @@
 With w the bytes of the weights, s those of the statistics, t those of the taps and l those of the
 largest set of live activations of one sample, a run of b samples takes about
 
-    BASE + WEIGHT_COPIES · w + 2 s + ARENA · b · (t + l).
+    BASE + WEIGHT_COPIES · w + 2 s + r + ARENA · b · (t + l),
+
+r being the rows of layers that wait to be multiplied.
 
 * **Segments**: where that exceeds the bound for b = 1, the taps are split into groups, each with a
   session of its own on the part of the model that its taps need; the data is read once a segment.
@@ -84,6 +86,7 @@ def plan_runs(
     layouts = [tap.layouts(proto, feed) for proto in protos]
     run = _Run(protos, layouts, taps, keys, group or 1)
     fixed = BASE + WEIGHT_COPIES * sum(tap.weight_bytes(proto.graph) for proto in protos)
+    fixed += moments.PENDING * sum(key.what in MOMENTS for key in keys)
     room = sys.maxsize if max_memory is None else max(max_memory - fixed, 0)
     blocks = _blocks(keys, layouts[0], (room - run.least) // 2)
     held = 2 * sum(_bytes(key, layouts[0], blocks.get(key)) for key in keys)
