@@ -35,7 +35,7 @@ from onnxc.numerics.patches import Floats, Window, length, rows
 Array = NDArray[Any]
 
 SHARE, FEWEST, MOST = 12, 8, 32  # rows of a sample: clip(d / SHARE, FEWEST, MOST)
-PENDING = 1 << 20  # bytes of rows that are multiplied at once: few rows cost as much as many
+LEAST_WAITING, MOST_WAITING = 1 << 16, 1 << 20  # bytes of rows that are multiplied at once
 
 
 def _nothing() -> Floats:
@@ -62,6 +62,15 @@ def bytes_of(shape: tuple[int, ...], axis: int, window: Window, block: int | Non
     d = length(shape, axis, window)
     count, width = widths(d, block)
     return 8 * window.groups * (d + count * width * width)
+
+
+def waiting(shape: tuple[int, ...], axis: int, window: Window) -> int:
+    """Bytes of rows of an input of this shape that wait: about d, for fewer cost as much."""
+    return _waiting(window.groups, length(shape, axis, window))
+
+
+def _waiting(groups: int, d: int) -> int:
+    return min(max(4 * groups * d * d, LEAST_WAITING), MOST_WAITING)
 
 
 @dataclass
@@ -120,7 +129,7 @@ class MomentsObserver:
         self.count += taken.shape[-2]
         self.available += available
         self._waiting.append(taken)
-        if sum(part.nbytes for part in self._waiting) >= PENDING:
+        if sum(part.nbytes for part in self._waiting) >= _waiting(len(taken), taken.shape[2]):
             self.settle()
 
     def _multiply(self, taken: Floats) -> None:

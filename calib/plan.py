@@ -86,7 +86,7 @@ def plan_runs(
     layouts = [tap.layouts(proto, feed) for proto in protos]
     run = _Run(protos, layouts, taps, keys, group or 1)
     fixed = BASE + WEIGHT_COPIES * sum(tap.weight_bytes(proto.graph) for proto in protos)
-    fixed += moments.PENDING * sum(key.what in MOMENTS for key in keys)
+    fixed += sum(_waiting(key, layouts[0]) for key in keys)
     room = sys.maxsize if max_memory is None else max(max_memory - fixed, 0)
     blocks = _blocks(keys, layouts[0], (room - run.least) // 2)
     held = 2 * sum(_bytes(key, layouts[0], blocks.get(key)) for key in keys)
@@ -145,6 +145,13 @@ def _bytes(key: Key, layouts: Layouts, block: int | None = None) -> int:
         return 0
     size = moments.bytes_of(layouts[key.name].shape, *_cut(key), block)
     return 2 * size if key.what == "cross" else size
+
+
+def _waiting(key: Key, layouts: Layouts) -> int:
+    """Bytes of the rows of a layer that wait to be multiplied."""
+    if key.what not in MOMENTS or key.name not in layouts:
+        return 0
+    return moments.waiting(layouts[key.name].shape, *_cut(key))
 
 
 def _cut(key: Key) -> tuple[int, Window]:
