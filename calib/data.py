@@ -96,6 +96,21 @@ class Dataset:
                 digest.update(hashlib.sha256(chunk).digest())
         return digest.hexdigest()
 
+    def digests(self) -> list[bytes]:
+        """16 bytes for each sample by its content and preparation, in the order of the batches."""
+        return [self._digest(int(index)) for index in self._usable()]
+
+    def _digest(self, index: int) -> bytes:
+        digest = hashlib.blake2b(digest_size=16)
+        for chunk in self.source.content(index):
+            digest.update(hashlib.blake2b(chunk).digest())
+        return digest.digest()
+
+    @property
+    def preparation(self) -> str:
+        """How images become feeds, in full; empty for arrays, which are fed as they are."""
+        return repr(self.source.plan) if isinstance(self.source, Images) else ""
+
     def _feeds(self) -> Iterator[Feed]:
         feeds = (self.source.feed(int(index)) for index in self._usable())
         is_empty = True

@@ -1,47 +1,28 @@
-"""The reduce step: statistics files, and two of them made into one.
+"""The reduce step: statistics of parts of the data made into those of all of it.
 
-A file is one .npz: the arrays of every observer, and a JSON entry that says which model, data,
-runtime and batch they came from. Observers are commutative monoids, so machines that each saw a
-part of the data give, merged in any order, the statistics of all of it.
+Observers are commutative monoids, so machines that each saw a part give together what one machine
+would have found: ranges, counts and histograms to the bit, sums of means and moments to the
+rounding of float64. Parts are taken in the order of the digests of their samples, so that the order
+in which they are named changes nothing at all.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import zipfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
-
-from calib.observers import OBSERVERS, Array, Streaming
+from calib.observers import Streaming
+from calib.statistics import Statistics, load
 from onnxc.core import Key
-from onnxc.errors import DataError, OptionError
-from onnxc.files import replacing
+from onnxc.errors import OptionError
 from onnxc.graph import Model, to_bytes
 
-VERSION = 1
-HEADER = "statistics"
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Statistics with their origin.
-
-    model: sha256 of the model's bytes. data: fingerprints of the datasets that were seen. runtime:
-    ONNX Runtime's version. batch: samples in a run.
-    """
-
-    stats: Mapping[Key, Streaming]
-    model: str
-    data: tuple[str, ...]
-    batch: int
-    runtime: str = onnxruntime.__version__
-    provider: str = "CPUExecutionProvider"
+Named = tuple[str, Statistics]
 
 
 def digest(model: Model) -> str:
@@ -49,71 +30,71 @@ def digest(model: Model) -> str:
     return hashlib.sha256(to_bytes(model)).hexdigest()
 
 
-def save(statistics: Statistics, path: str | Path) -> None:
-    """Write a statistics file whole or not at all; the same statistics give the same bytes.
+def merge(files: Sequence[str | Path]) -> Statistics:
+    """The statistics of the data of all files, one at least; no more than two are held at a time.
 
-    Raises OptionError when the path cannot be written.
+    Raises DataError for a file that cannot be read, and OptionError naming two whose models,
+    preparation, statistics or block widths differ, or that saw a sample in common.
     """
-    keys = sorted(statistics.stats, key=lambda key: (key.name, key.what, str(key.axis)))
-    about = {f.name: getattr(statistics, f.name) for f in fields(Statistics) if f.name != "stats"}
-    header = {"version": VERSION, **about, "keys": [asdict(key) for key in keys]}
-    entries: dict[str, Any] = {HEADER: np.array(json.dumps(header))}
-    for index, key in enumerate(keys):
-        values = vars(statistics.stats[key]).items()
-        entries |= {f"{index}.{name}": value for name, value in values if value is not None}
-    with replacing(path) as (file,):
-        np.savez_compressed(file, **entries)
+    named = sorted(((str(f), _origin(load(f))) for f in files), key=lambda part: part[1].data)
+    for (first, a), (second, b) in pairwise(named):
+        _check_alike(first, a, second, b)
+    _check_apart(named)
+    return reduce(_both, (load(name) for name, _ in named))
 
 
-def load(path: str | Path, model: str | None = None) -> Statistics:
-    """Read a statistics file; `model`: the digest of the model that it is to be used with.
-
-    Raises DataError when the file is missing, damaged or not one of ours, and OptionError when it
-    was made from another model.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            statistics = _parse(dict(arrays))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a statistics file that this version can read") from error
-    if model is not None and statistics.model != model:
-        raise OptionError(f"{path} holds the statistics of another model: calibrate this one")
-    return statistics
+def _origin(part: Statistics) -> Statistics:
+    """A part without its statistics: the keys alone."""
+    stats: dict[Key, Any] = dict.fromkeys(part.stats)
+    return replace(part, stats=stats)
 
 
-def merge(a: Statistics, b: Statistics) -> Statistics:
-    """The statistics of both data.
-
-    Raises OptionError when models or keys differ, or when both saw the same data.
-    """
+def _check_alike(first: str, a: Statistics, second: str, b: Statistics) -> None:
+    """Whether two files hold the same statistics of one model."""
+    cannot = f"{first} and {second} cannot be merged"
     if a.model != b.model:
-        raise OptionError("statistics of two different models cannot be merged")
-    if twice := set(a.data) & set(b.data):
-        raise OptionError(f"both hold the statistics of the same data ({min(twice)[:12]})")
-    if a.stats.keys() != b.stats.keys():
-        raise OptionError("statistics of different tensors cannot be merged: use the same options")
-    stats = {key: observer.merge(b.stats[key]) for key, observer in a.stats.items()}
-    data = tuple(sorted((*a.data, *b.data)))
-    return Statistics(stats, a.model, data, max(a.batch, b.batch), a.runtime, a.provider)
+        raise OptionError(f"{cannot}: they are of two different models")
+    if a.graph != b.graph:
+        raise OptionError(f"{cannot}: their versions of onnxc prepare the model differently")
+    if a.preparation and b.preparation and a.preparation != b.preparation:
+        raise OptionError(f"{cannot}: their images were prepared with different options")
+    asked = [{*part.stats, *part.lost} for part in (a, b)]
+    if asked[0] != asked[1]:
+        odd = min(asked[0] ^ asked[1], key=lambda key: (key.name, key.what))
+        one, other = (first, second) if odd in asked[0] else (second, first)
+        raise OptionError(
+            f"{cannot}: {one} holds {odd.what} of tensor {odd.name!r} and {other} does not; "
+            "gather both with the same --what"
+        )
 
 
-def _parse(arrays: Mapping[str, Array]) -> Statistics:
-    header = json.loads(str(arrays[HEADER]))
-    if header.pop("version") != VERSION:
-        raise ValueError("another version")
-    stats: dict[Key, Streaming] = {}
-    for index, entry in enumerate(header.pop("keys")):
-        key, prefix = Key(**entry), f"{index}."
-        named = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-        stats[key] = _observer(OBSERVERS[key.what](key.axis), named)
-    header["data"] = tuple(header["data"])
-    return Statistics(stats, **header)
+def _check_apart(named: Sequence[Named]) -> None:
+    """Whether no sample was seen twice."""
+    for index, (first, a) in enumerate(named):
+        for second, b in named[index + 1 :]:
+            shared = len(a.seen & b.seen)
+            if shared:
+                raise OptionError(
+                    f"{first} and {second} cannot be merged: {shared} sample{'s'[: shared != 1]} "
+                    "would count twice; calibrate on parts that share none"
+                )
 
 
-def _observer(observer: Streaming, arrays: Mapping[str, Array]) -> Streaming:
-    """An observer with its fields, each in the type that it has when empty."""
-    for name, empty in vars(observer).items():
-        if empty is not None:
-            kind: Any = type(empty)
-            setattr(observer, name, arrays[name] if kind is np.ndarray else kind(arrays[name]))
-    return observer
+def _both(a: Statistics, b: Statistics) -> Statistics:
+    lost = a.lost | b.lost
+    return Statistics(
+        {key: _merged(key, a.stats[key], b.stats[key]) for key in a.stats if key not in lost},
+        a.model,
+        a.graph,
+        tuple(sorted((*a.samples, *b.samples))),
+        tuple(sorted({*a.made, *b.made})),
+        a.preparation or b.preparation,
+        lost,
+    )
+
+
+def _merged(key: Key, a: Streaming, b: Streaming) -> Streaming:
+    try:
+        return a.merge(b)
+    except OptionError as error:
+        raise OptionError(f"{key.what} of tensor {key.name!r}: {error}") from error

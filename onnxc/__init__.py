@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnxc.api import calibrate as calibrate
     from onnxc.api import inspect as inspect
     from onnxc.api import load as load
+    from onnxc.api import merge_statistics as merge_statistics
     from onnxc.api import preview as preview
     from onnxc.api import quantize as quantize
     from onnxc.api import save as save
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "onnxc.api": (
         *("QuantizeSettings", "benchmark", "calibrate", "inspect", "load", "preview"),
-        *("quantize", "save", "validate"),
+        *("merge_statistics", "quantize", "save", "validate"),
     ),
     "onnxc.errors": ("DataError", "ModelError", "OnnxcError", "OptionError"),
 }

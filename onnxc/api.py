@@ -6,25 +6,22 @@ Memory is in bytes, time in seconds, latency in milliseconds.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from calib import merge
-from calib.collect import collect
-from calib.data import Preprocess, open_data
+from calib.data import Dataset, Preprocess
 from onnxc import recipe as recipes
 from onnxc.bench import speedup, time_interleaved
+from onnxc.calibration import calibrate, merge_statistics
 from onnxc.check import compare, coverage
-from onnxc.core import Key
-from onnxc.cost import FLOATS, external_files, file_bytes, inspect, type_name
+from onnxc.cost import file_bytes, inspect
 from onnxc.errors import OptionError
-from onnxc.graph import Model, load, save, to_bytes
-from onnxc.paths import check_folder, check_output, existing
+from onnxc.graph import load, save, to_bytes
+from onnxc.paths import check_folder, existing
 from onnxc.quantization import (
     Attempt,
     Quantized,
@@ -33,7 +30,7 @@ from onnxc.quantization import (
     quantize_model,
 )
 from onnxc.recipe import Recipe
-from onnxc.report import Benchmark, Calibrated, Effect, Measure, Preview, Report, Validation
+from onnxc.report import Benchmark, Effect, Measure, Preview, Report, Validation
 from onnxc.request import (
     FEEDS,
     Job,
@@ -42,15 +39,14 @@ from onnxc.request import (
     check_runtime,
     check_same_inputs,
     checked,
-    enough_memory,
-    input_specs,
+    counting,
     naming,
     open_feeds,
+    peak_memory,
     silent,
     try_out,
 )
 from onnxc.runtime import Runtime
-from onnxc.shapes import infer
 from onnxc.vectors import write_vectors
 
 __all__ = [
@@ -59,6 +55,7 @@ __all__ = [
     "calibrate",
     "inspect",
     "load",
+    "merge_statistics",
     "preview",
     "quantize",
     "save",
@@ -66,7 +63,6 @@ __all__ = [
 ]
 
 DEFAULTS = QuantizeSettings()
-NO_DATA = "made without data: ranges come from synthesized input and fit no real one; give --data"
 PREVIEWED = 4  # samples that a preview calibrates on: the effect on nodes needs no good ranges
 
 
@@ -75,6 +71,7 @@ def quantize(
     *,
     data: Any = None,
     val: Any = None,
+    stats: ModelPath | None = None,
     output: ModelPath | None = None,
     recipe: Recipe | None = None,
     settings: QuantizeSettings = DEFAULTS,
@@ -88,8 +85,10 @@ def quantize(
 
     data: what `calib.data.open_data` takes; without it the input is synthesized and the headline
     says so. val: samples that the result is judged by; by default a part of `data` that calibration
-    never sees. output: the file to write, by default MODEL with the suffix .int8.onnx. recipe: what
-    to do; where it names no passes, `settings` choose them. runtime: how models are run and timed.
+    never sees. stats: a file of `calibrate`, from which passes take what it holds of the prepared
+    model; without `data` they get nothing else. Samples that it saw judge nothing. output: the file
+    to write, by default MODEL with the suffix .int8.onnx. recipe: what to do; where it names no
+    passes, `settings` choose them. runtime: how models are run and timed.
     max_drop: points of top-1 (without labels: of disagreement) that may be lost; with `strict` a
     result that loses more is not written. override: what goes before the keys of the recipe:
     target, seed, include, exclude, samples, max_memory, preprocess.
@@ -98,14 +97,14 @@ def quantize(
     """
     start = time.perf_counter()
     say = progress or silent
-    job = checked(model, data, val, output, recipe, settings, runtime, say, override)
+    job = checked(model, data, val, stats, output, recipe, settings, runtime, say, override)
     if max_drop is not None:  # told now where there are no classes
-        missed_bounds(compare(job.path, job.path, job.judge.subset([0]), runtime), max_drop)
+        missed_bounds(compare(job.path, job.path, job.samples.judge.subset([0]), runtime), max_drop)
     with naming(job.path):
         found = quantize_model(
             job.model,
             job.calibration,
-            job.judge,
+            job.samples.judge,
             job.target,
             settings,
             job.only,
@@ -113,7 +112,7 @@ def quantize(
             runtime,
             job.recipe.seed,
             say,
-            job.validation,
+            job.samples.validation,
         )
     missed = missed_bounds(found.comparison, max_drop)
     is_written = not (strict and missed)
@@ -129,6 +128,7 @@ def preview(
     *,
     data: Any = None,
     val: Any = None,
+    stats: ModelPath | None = None,
     output: ModelPath | None = None,
     recipe: Recipe | None = None,
     settings: QuantizeSettings = DEFAULTS,
@@ -141,11 +141,11 @@ def preview(
     Takes and raises what `quantize` does. Nothing is measured, and few samples are read.
     """
     say = progress or silent
-    job = checked(model, data, val, output, recipe, settings, runtime, say, override)
-    kept = job.calibration.dataset
-    few = kept.subset([i * len(kept) // PREVIEWED for i in range(min(PREVIEWED, len(kept)))])
+    job = checked(model, data, val, stats, output, recipe, settings, runtime, say, override)
+    kept = job.samples.kept
+    few = None if kept is None else _few(kept)
     calibration = replace(job.calibration, dataset=few)
-    feed = next(iter(few.batches(1)))
+    feed = next(iter((few or job.samples.judge).batches(1)))
     passes, seed = job.recipe.passes, job.recipe.seed
     with naming(job.path):
         tried = attempt(
@@ -153,8 +153,13 @@ def preview(
         )
     prepared = tuple(change for step in tried.prepared for change in step.changes)
     ways = {name: _effect(tried, name) for name in tried.ways}
-    notes = (*job.model.notes, *kept.notes)
+    notes = (*job.model.notes, *(() if kept is None else kept.notes))
     return Preview(str(job.path), str(job.output), job.target.name, prepared, ways, notes)
+
+
+def _few(dataset: Dataset) -> Dataset:
+    count = min(PREVIEWED, len(dataset))
+    return dataset.subset([i * len(dataset) // PREVIEWED for i in range(count)])
 
 
 def _effect(tried: Attempt, name: str) -> Effect:
@@ -175,7 +180,7 @@ def _report(job: Job, found: Quantized, missed: tuple[str, ...], is_written: boo
         target=job.target.name,
         way=found.way,
         quantized=found.count,
-        headline="" if job.source is not None else NO_DATA,
+        headline=job.headline,
         speedup=found.ratio,
         comparison=found.comparison,
         coverage=found.coverage,
@@ -219,7 +224,7 @@ def validate(
         try_out(path, dataset, runtime)
     say("comparing")
     with naming(second):
-        comparison = compare(first, second, dataset, runtime, progress=_counting(say, "comparing"))
+        comparison = compare(first, second, dataset, runtime, progress=counting(say, "comparing"))
     say("timing")
     feeds = list(islice(dataset.batches(1), FEEDS))
     times = time_interleaved({"before": first, "after": second}, feeds, runtime)
@@ -276,55 +281,6 @@ def benchmark(
     return Benchmark(runtime, times, ratios, min(batch, len(dataset)), dataset.notes)
 
 
-def calibrate(
-    model: ModelPath,
-    *,
-    data: Any,
-    output: ModelPath,
-    preprocess: Preprocess | None = None,
-    samples: int | None = None,
-    seed: int = 0,
-    max_memory: int | None = None,
-    progress: Progress | None = None,
-) -> Calibrated:
-    """Gather histograms of all float activations of a model and write them, to merge or reuse.
-
-    Raises ModelError, DataError or OptionError; nothing is written then.
-    """
-    start, path = time.perf_counter(), existing(model)
-    target = check_output(output, path, data)
-    opened = load(path)
-    check_output(target, *external_files(path))
-    dataset = open_data(data, input_specs(path), preprocess, samples, seed)
-    try_out(path, dataset, Runtime())
-    digest = merge.digest(opened)
-    infer(opened, next(iter(dataset.batches(1))))
-    keys = [Key(name, "histogram") for name in _float_tensors(opened)]
-    memory = max_memory or enough_memory(path)
-    count = _counting(progress or silent, "calibrating")
-    with naming(path):
-        found = collect(opened, keys, dataset, max_memory=memory, progress=count)
-    seen = (dataset.fingerprint(),)
-    merge.save(merge.Statistics(found.stats, digest, seen, found.batch), target)
-    return Calibrated(
-        model=str(path),
-        output=str(target),
-        samples=found.samples,
-        tensors=len(found.stats),
-        binned=found.binned,
-        memory_peak=found.peak_rss,
-        seconds=time.perf_counter() - start,
-        notes=(*dataset.notes, *found.notes),
-    )
-
-
-def _float_tensors(model: Model) -> list[str]:
-    """Float inputs and activations of the main graph, in order."""
-    produced = (t for node in model.graph.nodes for t in node.outputs if t.name)
-    tensors = (t for t in (*model.graph.inputs, *produced))
-    return [t.name for t in tensors if type_name(t.dtype) in FLOATS]
-
-
 def missed_bounds(comparison: Any, max_drop: float | None) -> tuple[str, ...]:
     """Sentences for the bound, in points, that a comparison does not meet."""
     if max_drop is None:
@@ -337,20 +293,6 @@ def missed_bounds(comparison: Any, max_drop: float | None) -> tuple[str, ...]:
         raise OptionError("--max-drop needs a model with classes; this one has none")
     is_met = 100 * lost <= max_drop + 1e-9
     return () if is_met else (f"{what} {100 * lost:.2f} points, more than {max_drop:g}",)
-
-
-def peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where it is not known."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
-
-
-def _counting(say: Progress, task: str) -> Callable[[int, int], None]:
-    return lambda done, total: say(f"{task} {done}/{total}")
 
 
 def _labels(paths: Sequence[Path]) -> Iterator[str]:

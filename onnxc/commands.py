@@ -13,6 +13,7 @@ from typing import Any
 import click
 from rich.console import Console, RenderableType
 
+from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
 
 ModelArgument = click.Path(path_type=Path)
@@ -112,6 +113,7 @@ def bench(context: click.Context, /, **settings: Any) -> None:
 @click.option(
     "--val", metavar="SOURCE", help="Samples that the result is judged by [default: --data]."
 )
+@options.stats
 @options.target
 @options.from_fields(api.QuantizeSettings)
 @options.nodes
@@ -154,29 +156,55 @@ def _request(context: click.Context, settings: dict[str, Any]) -> dict[str, Any]
         "settings": options.build(context, api.QuantizeSettings),
         "runtime": options.runtime_of(context),
         "preprocess": options.preprocess_of(context),
-        **_some(settings, "data", "val", "output", "max_memory"),
+        **_some(settings, "data", "val", "stats", "output", "max_memory"),
         **override,
     }
 
 
-@onnxc.command(cls=Example, example="onnxc calibrate model.onnx --data calib/ -o model.stats")
-@click.argument("model", type=ModelArgument)
+@onnxc.command(
+    cls=Example,
+    example="onnxc calibrate model.onnx --data calib/ -o model.stats\n"
+    "  onnxc calibrate --merge first.stats second.stats -o model.stats",
+)
+@click.argument("model", type=ModelArgument, nargs=-1, required=True)
 @options.output(required=True)
-@options.data(required=True)
+@click.option("--merge", is_flag=True, help="MODEL are statistics files to make one of.")
+@options.data()
+@options.what
 @options.max_memory
 @options.seed
 @options.shown
 @click.pass_context
 def calibrate(context: click.Context, /, **settings: Any) -> None:
-    """Gather the statistics of MODEL alone, to merge or reuse."""
+    """Gather the statistics of MODEL alone, or merge those of parts of the data."""
     with progress(settings) as say:
-        found = api.calibrate(
-            settings["model"],
-            preprocess=options.preprocess_of(context),
-            progress=say,
-            **_some(settings, "data", "output", "samples", "seed", "max_memory"),
-        )
+        if settings["merge"]:
+            _refuse_beside(context, "--merge", ("data", "samples", "what", "max_memory", "seed"))
+            found = api.merge_statistics(settings["model"], output=settings["output"])
+        else:
+            _check_one_model(settings)
+            found = api.calibrate(
+                settings["model"][0],
+                preprocess=options.preprocess_of(context),
+                progress=say,
+                **_some(settings, "data", "output", "what", "samples", "seed", "max_memory"),
+            )
     show(found, console.render_calibrated, settings["as_json"], settings["quiet"])
+
+
+def _refuse_beside(context: click.Context, option: str, names: tuple[str, ...]) -> None:
+    """Refuse options, and those for images, that mean nothing beside another one."""
+    given = options.given(context, (*names, *options.names(Preprocess)))
+    if given:
+        other = "--" + min(given).replace("_", "-")
+        raise click.UsageError(f"{other} does not go with {option}, which reads no data", context)
+
+
+def _check_one_model(settings: dict[str, Any]) -> None:
+    if len(settings["model"]) > 1:
+        raise click.UsageError("give one MODEL, or --merge to make one of statistics files")
+    if settings["data"] is None:
+        raise click.UsageError("Missing option '--data': where do samples come from?")
 
 
 def show(found: Any, render: Render, as_json: bool, quiet: bool) -> None:

@@ -27,6 +27,7 @@ NAME_WIDTH = 30  # characters of a node's name in a table
 REASONS_SHOWN = 6
 NODES_SHOWN = 12  # rows of an inspection
 OUTPUTS_SHOWN = 12
+USED = {"histogram": "values", "moments": "rows of layer inputs"}  # what a share is of
 
 Parts = list[RenderableType]
 Row = tuple[str, ...]
@@ -113,10 +114,19 @@ def render_inspection(report: Inspection, name: str) -> RenderableType:
 
 
 def render_calibrated(report: Calibrated) -> RenderableType:
-    """Two lines about a statistics file."""
+    """What a statistics file holds, of how much of the data."""
     text = f"statistics of {report.tensors} tensors over {report.samples} samples"
     head = Text.from_markup(f"[bold]{escape(report.output)}[/]: {text}")
-    return Group(head, *_notes(report.notes), *_effort(report.seconds, report.memory_peak))
+    facts = Table.grid(padding=(0, 2))
+    for kind, count in report.statistics.items():
+        share = {"histogram": report.binned, "moments": report.rows}.get(kind)
+        used = f"of {_percent(share)} of the {USED[kind]}" if share is not None else ""
+        facts.add_row(Text(kind, style="dim"), Text(str(count), justify="right"), Text(used))
+    facts.add_row(Text("file", style="dim"), Text(size_text(report.bytes), justify="right"))
+    merged = [f"merged from {_some(list(report.sources))}"] if len(report.sources) > 1 else []
+    left = _grouped("no moments", ((s.node, s.reason) for s in report.skips))
+    notes = _notes((*merged, *report.notes))
+    return Group(head, facts, *left, *notes, *_effort(report.seconds, report.memory_peak))
 
 
 def _headline(sentence: str) -> Parts:

@@ -98,6 +98,14 @@ class Perturbs(Protocol):
     def perturb(self, graph: gs.Graph, context: Context) -> None: ...
 
 
+@runtime_checkable
+class Keeps(Protocol):
+    """A pass that says whether statistics of the graph that it got hold for the one it leaves."""
+
+    @property
+    def keeps_statistics(self) -> bool: ...
+
+
 PASSES: dict[str, type[Pass]] = {}
 
 

@@ -70,18 +70,22 @@ def round_weights(
 
     w <- s · round(w / s),   s = max|w| / q_max   for each output channel
     """
-    grid = weight_grid(context.target, bits)
-    rounded: dict[tuple[int, int | None], gs.Constant] = {}
+    made: dict[tuple[int, int | None], gs.Constant] = {}
     for node in weighted_nodes(graph, context, ops):
         weight, axis = weight_of(node), weight_axis(node, context)
         assert weight is not None
-        if (id(weight), axis) not in rounded:
-            array = values(weight)
-            scale = scales(array, axis, grid, pow2)
-            on_grid = dequantize(quantize(array, scale, 0, grid, axis), scale, 0, axis)
-            name = fresh(graph, f"{weight.name}_rounded")
-            rounded[id(weight), axis] = constant(name, on_grid.astype(array.dtype))
-        node.inputs[knowledge(node).weight] = rounded[id(weight), axis]
+        if (id(weight), axis) not in made:
+            on_grid = rounded(node, values(weight), context, bits, pow2)
+            made[id(weight), axis] = constant(fresh(graph, f"{weight.name}_rounded"), on_grid)
+        node.inputs[knowledge(node).weight] = made[id(weight), axis]
+
+
+def rounded(node: gs.Node, weight: Array, context: Context, bits: int, pow2: bool) -> Array:
+    """The weight of one of those nodes on its grid, in its own type."""
+    grid, axis = weight_grid(context.target, bits), weight_axis(node, context)
+    scale = scales(weight, axis, grid, pow2)
+    on_grid = dequantize(quantize(weight, scale, 0, grid, axis), scale, 0, axis)
+    return on_grid.astype(weight.dtype)
 
 
 def refused_nodes(graph: gs.Graph, context: Context, ops: tuple[str, ...] = ()) -> Iterator[Skip]:

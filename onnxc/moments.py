@@ -5,13 +5,18 @@ Nodes that read one tensor in one way share a key, so that its moments are gathe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxc.core import Key
 from onnxc.ops import is_constant, knowledge, weight_of
+
+Array = NDArray[Any]
 
 
 def moments_key(node: gs.Node, what: str = "moments") -> Key | None:
@@ -51,3 +56,30 @@ def _pairs(graph: gs.Graph) -> Iterator[tuple[str, Key]]:
         key = moments_key(node)
         if key is not None:
             yield node.name, key
+
+
+def matrix(node: gs.Node, weight: Array) -> Array:
+    """The weight of a Conv, ConvTranspose, Gemm or MatMul as it multiplies the rows of its input.
+
+    (groups, outputs, d); a transposed convolution has an output for each channel and kernel offset.
+    """
+    row = knowledge(node)
+    assert row.window is not None and row.out_axis is not None
+    groups = row.window(node).groups
+    parts = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return np.asarray(parts if row.out_axis(node) == 0 else parts.transpose(0, 2, 1))
+
+
+def mean_output(node: gs.Node, weight: Array, mean: Array) -> Array:
+    """E[W x] for each output channel, where E[x] = mean, (groups, d).
+
+    A transposed convolution adds at each position what one in ∏ strides of its kernel's offsets
+    give, on average; what it crops at the border is not looked at.
+    """
+    row = knowledge(node)
+    assert row.window is not None
+    made = np.einsum("god,gd->go", matrix(node, weight), mean)
+    if weight.ndim == 2 or row.window(node).kernel:
+        return np.asarray(made.reshape(-1))
+    offsets, strides = math.prod(weight.shape[2:]), node.attrs.get("strides", ())
+    return np.asarray(made.reshape(-1, offsets).sum(axis=1) / math.prod(strides))

@@ -20,6 +20,7 @@ from click.core import ParameterSource
 
 from calib.data import PRESETS, Preprocess
 from onnxc import typed
+from onnxc.calibration import KINDS, WHAT
 from onnxc.runtime import LEVELS, Runtime
 from onnxc.targets import TARGETS
 
@@ -247,6 +248,20 @@ max_memory = click.option(
     type=amount,
     metavar="SIZE",
     help="Bound on the memory of calibration, such as 2GB. [default: 400MB, more for large models]",
+)
+stats = click.option(
+    "--stats",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Statistics that onnxc calibrate wrote: they are not gathered again.",
+)
+what = click.option(
+    "--what",
+    type=reader(tuple[str, ...]),
+    default=",".join(WHAT),
+    show_default=True,
+    metavar="LIST",
+    help=f"Which statistics: of {', '.join(KINDS)}.",
 )
 recipes = group_of(
     click.option(

@@ -8,7 +8,7 @@ run once: what a step computed is the reference of the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,9 +18,10 @@ import onnx
 
 from calib.collect import collect
 from calib.data import Dataset
+from calib.statistics import Statistics, order_of
 from calib.twin import drift
 from onnxc.check import Feed, Snapshot, problems, snapshot
-from onnxc.core import Change, Context, Key, Pass, Perturbs, Skip
+from onnxc.core import Change, Context, Keeps, Key, Pass, Perturbs, Skip
 from onnxc.errors import OnnxcError
 from onnxc.graph import Model, become, copy, opset
 from onnxc.runtime import first_line
@@ -125,32 +126,42 @@ def prepare(
 
 @dataclass(frozen=True)
 class Calibration:
-    """The data that passes may have statistics of, and what gathering them may take.
+    """What passes may have statistics of, and what gathering them may take.
 
-    max_memory: bytes of the process, or None. notes: gets sentences for the report.
+    dataset: None where there are only statistics gathered before. max_memory: bytes of the process,
+    or None. notes: gets sentences for the report. known: statistics of the prepared model.
     """
 
-    dataset: Dataset
+    dataset: Dataset | None
     max_memory: int | None = None
     threads: int = 1
     notes: list[str] = field(default_factory=list)
     memo: dict[Any, dict[Key, Any]] = field(default_factory=dict, repr=False)
+    known: Statistics | None = None
 
-    def few(self) -> Dataset:
-        """Evenly spread samples for statistics that settle early, peaks and drift."""
-        count = len(self.dataset)
-        feed = next(iter(self.dataset.batches(1)))
-        size = sum(np.size(x) for x in feed.values())
-        wanted = min(max(ENOUGH // max(size, 1), FEWEST), MOST)
-        if count <= wanted:
-            return self.dataset
-        return self.dataset.subset([i * count // wanted for i in range(wanted)])
+    def answers(self, wanted: Collection[Key]) -> dict[Key, Any]:
+        """What is known of the prepared model."""
+        stats = {} if self.known is None else self.known.stats
+        return {key: stats[key] for key in wanted if key in stats}
 
 
 FEWEST, MOST = 16, 128  # samples behind peaks and drift
 ENOUGH = 600_000  # input values behind them, where samples are small
 
 SETTLE_EARLY = frozenset({"peak", "mean"})
+
+PREPARED = ()  # the state of a model that was prepared and no more, of which statistics are kept
+
+
+def few(dataset: Dataset) -> Dataset:
+    """Evenly spread samples for statistics that settle early, peaks and drift."""
+    count = len(dataset)
+    feed = next(iter(dataset.batches(1)))
+    size = sum(np.size(x) for x in feed.values())
+    wanted = min(max(ENOUGH // max(size, 1), FEWEST), MOST)
+    if count <= wanted:
+        return dataset
+    return dataset.subset([i * count // wanted for i in range(wanted)])
 
 
 def gather(
@@ -160,28 +171,48 @@ def gather(
     calibration: Calibration,
     progress: Progress | None = None,
     state: Hashable = None,
+    source: Model | None = None,
 ) -> dict[Key, Any]:
     """The statistics that a pass wants of a model as it stands.
 
     progress: told "quantize: calibrating 16/80", and so on. state: what the model is known by, so
-    that the same statistics of it are gathered once.
+    that the same statistics of it are gathered once; those of PREPARED may be known beforehand.
+    source: the model of that state, where this one has its statistics but was changed since.
     """
     say = partial(_count, progress, pass_.name) if progress is not None else None
     wanted = frozenset(pass_.wants(model.graph, context))
     if state is not None and (state, wanted) in calibration.memo:
         return calibration.memo[state, wanted]
-    stats = calibration.memo[state, wanted] = {}
-    drifting = [key for key in wanted if key.what == "drift"]
-    early = [key for key in wanted if key.what in SETTLE_EARLY]
-    full = [key for key in wanted if key not in {*drifting, *early}]
-    for keys, dataset in ((early, calibration.few()), (full, calibration.dataset)):
-        if keys:
-            stats.update(_collect(model, keys, dataset, calibration, say))
+    stats = calibration.answers(wanted) if state == PREPARED else {}
+    calibration.memo[state, wanted] = stats
+    missing = sorted(wanted - stats.keys(), key=order_of)
+    if calibration.dataset is None:
+        calibration.notes.extend(_unanswered(pass_, missing, calibration))
+        return stats
+    drifting = [key for key in missing if key.what == "drift"]
+    early = [key for key in missing if key.what in SETTLE_EARLY]
+    full = [key for key in missing if key not in {*drifting, *early}]
+    if early:
+        found = _collect(source or model, early, few(calibration.dataset), calibration, say)
+        stats.update(found)
+    if full:
+        stats.update(_collect(source or model, full, calibration.dataset, calibration, say))
     if drifting and isinstance(pass_, Perturbs):
         current = copy(model)
         pass_.perturb(current.graph, context)
-        stats.update(_drift(model, current, drifting, calibration))
+        stats.update(_drift(model, current, drifting, few(calibration.dataset), calibration))
     return stats
+
+
+def _unanswered(pass_: Pass, missing: Sequence[Key], calibration: Calibration) -> Iterator[str]:
+    """A sentence on what a pass has to do without."""
+    if missing and calibration.known is not None:
+        first = f"{missing[0].what} of {missing[0].name!r}"
+        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        yield (
+            f"{pass_.name} wants what statistics {calibration.known.path} do not hold "
+            f"({first}{rest}): give --data to gather it"
+        )
 
 
 def _count(progress: Progress, name: str, done: int, total: int) -> None:
@@ -202,14 +233,18 @@ def _collect(
 
 
 def _drift(
-    original: Model, current: Model, keys: Sequence[Key], calibration: Calibration
+    original: Model,
+    current: Model,
+    keys: Sequence[Key],
+    dataset: Dataset,
+    calibration: Calibration,
 ) -> dict[Key, Any]:
     axes = {key.tensor: 1 if key.axis is None else key.axis for key in keys}
     found = drift(
         original,
         current,
         list(axes),
-        calibration.few(),
+        dataset,
         axes,
         samples=MOST,
         max_memory=calibration.max_memory,
@@ -228,24 +263,30 @@ def compress(
     progress: Progress | None = None,
     last: Snapshot | None = None,
     state: Hashable = None,
+    source: Model | None = None,
 ) -> list[Step]:
     """Run passes on a model in place, each with the statistics of the model that it gets.
 
-    last: the snapshot of the model as given, where there is one. state: see `gather`; it stands for
-    the model as given, so it serves one pass.
+    last: the snapshot of the model as given, where there is one. state, source: see `gather`; they
+    stand for the model as given, so they serve one pass.
     """
     steps: list[Step] = []
     for pass_ in passes:
         if progress is not None:
             progress(pass_.name)
         infer(model, feed)
-        known = None if steps else state
-        stats = gather(model, pass_, context, calibration, progress, known)
+        known = (None, None) if steps else (state, source)
+        stats = gather(model, pass_, context, calibration, progress, *known)
         now = replace(context, opset=opset(model.graph), stats=stats)
         step = apply_pass(model, pass_, now, feed, last)
         last = step.after or last
         steps.append(step)
     return steps
+
+
+def keeps_statistics(pass_: Pass, step: Step) -> bool:
+    """Whether statistics of the model before a step hold for the model after it."""
+    return not step.changes or (isinstance(pass_, Keeps) and pass_.keeps_statistics)
 
 
 def restore(model: Model, state: Snapshot) -> None:

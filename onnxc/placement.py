@@ -113,6 +113,18 @@ def place(
     return placement
 
 
+def differences(graph: gs.Graph) -> Iterator[Key]:
+    """The statistics of f(x + s) − s that any placement in this graph may want, see `keys`."""
+    for node in graph.nodes:
+        summands = data_inputs(node) if knowledge(node).adds else []
+        behind = behind_activation(node.outputs[0], set()) if len(summands) == 2 else None
+        if behind is None or behind is node.outputs[0] or any(map(is_constant, summands)):
+            continue
+        for tensor, other in (summands, summands[::-1]):
+            if len(tensor.outputs) == 1 and tensor is not other and _are_float(node):
+                yield Key(behind.name, "histogram", minus=other.name)
+
+
 def behind_activation(tensor: gs.Tensor, pinned: set[str]) -> gs.Tensor:
     """The tensor behind a Relu or Clip(0, h) that alone reads this one, or the tensor itself."""
     while len(tensor.outputs) == 1 and tensor.name not in pinned:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from calib.data import Dataset
+from calib.statistics import structure
 from onnxc import search
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage, compare, coverage
@@ -95,13 +96,30 @@ def check_input(model: Model, path: str) -> None:
         )
 
 
-def split(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """Calibration samples and held-out ones, every fifth; both the same where there is only one."""
+def check_prepared(model: Model, calibration: Calibration) -> None:
+    """Raise OptionError where statistics are of the model as another onnxc prepares it."""
+    known = calibration.known
+    if known is not None and known.graph != structure(model.graph):
+        makers = ", ".join(sorted({made.onnxc for made in known.made}))
+        raise OptionError(
+            f"statistics {known.path} are of this model as another onnxc prepares it ({makers}): "
+            "calibrate again"
+        )
+
+
+def split(dataset: Dataset, fresh: Sequence[int] | None = None) -> tuple[Dataset, Dataset]:
+    """Calibration samples and held-out ones, every fifth; both the same where there is only one.
+
+    fresh: positions of the samples that may be held out; None for all.
+    """
     count = len(dataset)
     if count < 2:
         return dataset, dataset
     step = max(round(1 / HELD_OUT), -(-count // MOST_HELD_OUT), 2 if count < 5 else 0)
     held = [i for i in range(count) if i % step == step - 1] or [count - 1]
+    if fresh is not None and not set(held) <= set(fresh):
+        wanted = min(len(held), len(fresh))
+        held = [fresh[i * len(fresh) // wanted] for i in range(wanted)]
     kept = [i for i in range(count) if i not in set(held)]
     return dataset.subset(kept), dataset.subset(held)
 
@@ -144,6 +162,7 @@ def attempt(
     The model is prepared in place; each candidate is another one.
     """
     prepared = prepare(model, feed, progress=progress)
+    check_prepared(model, calibration)
     infer(model, feed)
     context = Context(opset(model.graph), target, seed=seed, only=only)
     ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
@@ -151,7 +170,9 @@ def attempt(
         {"recipe": tuple(passes)}
         if passes
         else search.candidates(
-            model, context, settings.format, ranges, settings.bits, settings.scheme == "fixed"
+            *(model, context, settings.format, ranges, settings.bits),
+            pow2=settings.scheme == "fixed",
+            has_data=calibration.dataset is not None,
         )
     )
     built = search.build(model, ways, context, calibration, feed, progress)
@@ -184,11 +205,10 @@ def quantize_model(
     found, latency = search.trials(original, tried.built, judge, runtime)
     chosen = search.best(found)
     is_free = settings == QuantizeSettings() and not passes  # nothing was asked for by name
-    if is_free and search.falls_short(chosen) and not search.FALLBACK.keys() & tried.ways.keys():
-        more = search.build(model, search.FALLBACK, tried.context, calibration, feed, progress)
-        tried = replace(
-            tried, ways={**tried.ways, **search.FALLBACK}, built={**tried.built, **more}
-        )
+    safe = search.fallback(calibration.dataset is not None)
+    if is_free and search.falls_short(chosen) and not safe.keys() & tried.ways.keys():
+        more = search.build(model, safe, tried.context, calibration, feed, progress)
+        tried = replace(tried, ways={**tried.ways, **safe}, built={**tried.built, **more})
         found, latency = search.trials(original, tried.built, judge, runtime)
         chosen = search.best(found)
     comparison = chosen.comparison

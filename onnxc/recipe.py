@@ -54,11 +54,13 @@ TOP_KEYS = ("seed", "include", "exclude", "target", "calibration", "pass")
 class Calibration:
     """Table [calibration]: which data the statistics come from, and which judge the result.
 
-    Without val, a part of the data judges, and no statistic sees it. max_memory is in bytes.
+    Without val, a part of the data judges, and no statistic sees it. stats: a statistics file, used
+    before any data. max_memory is in bytes.
     """
 
     data: str | None = None
     val: str | None = None
+    stats: str | None = None
     samples: int | None = None
     max_memory: int | None = None
     preprocess: Preprocess = field(default_factory=Preprocess)

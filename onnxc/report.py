@@ -148,18 +148,24 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Statistics that were gathered and written.
+    """Statistics that were gathered or merged, and written.
 
-    binned: share of the values that the histograms hold; minimum and maximum saw all of them.
+    sources: the model, or the merged files. statistics: how many of each kind. binned: share of the
+    values that histograms hold, whose minimum and maximum saw all; rows: share of the rows that
+    moments are of. bytes: of the file. skips: layers whose input has no moments.
     """
 
-    model: str
+    sources: tuple[str, ...]
     output: str
     samples: int
     tensors: int
+    statistics: dict[str, int]
     binned: float = 1.0
+    rows: float = 1.0
+    bytes: int = 0
     memory_peak: int | None = None
     seconds: float | None = None
+    skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
 
 

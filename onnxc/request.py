@@ -5,13 +5,17 @@ The cheapest checks come first: names, paths, the model, the nodes, the data, on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calib import statistics
 from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
+from calib.merge import digest
+from calib.statistics import Statistics
 from onnxc import recipe as recipes
 from onnxc.cost import external_files, file_bytes
 from onnxc.errors import DataError, ModelError, OptionError
@@ -19,9 +23,10 @@ from onnxc.fidelity import check_labels
 from onnxc.graph import Model, load
 from onnxc.paths import check_output, default_output, existing
 from onnxc.pipeline import Calibration
-from onnxc.quantization import THREADS, QuantizeSettings, check_input, split
+from onnxc.quantization import THREADS, QuantizeSettings, check_input
 from onnxc.recipe import Recipe
 from onnxc.runtime import LEVELS, Runtime, dtype_of, provider_name, run, session
+from onnxc.samples import OF_VALIDATION, Samples, choose_samples
 from onnxc.selectors import Selector
 from onnxc.targets import Target
 from onnxc.targets import choose as choose_target
@@ -32,15 +37,15 @@ Progress = Callable[[str], None]
 LEAST_MEMORY = 400_000_000  # bytes of the process during calibration, where none are asked for
 FILE_COPIES = 6  # or this many times the model, for large ones
 FEEDS = 8  # made-up samples for a comparison or a benchmark
-MADE_UP = 16  # those for a calibration
+NO_DATA = "made without data: ranges come from synthesized input and fit no real one; give --data"
 
 
 @dataclass(frozen=True)
 class Job:
     """A checked request to quantize: nothing long has been done yet.
 
-    source: the data, as given or as the recipe says. recipe: with the options in place. judge:
-    samples to choose by, and to judge by where there is no validation data.
+    source: the data, as given or as the recipe says. recipe: with the options in place. samples:
+    what makes statistics, chooses and judges.
     """
 
     path: Path
@@ -51,27 +56,52 @@ class Job:
     recipe: Recipe
     source: Any
     calibration: Calibration
-    judge: Dataset
-    validation: Dataset | None
+    samples: Samples
+
+    @property
+    def headline(self) -> str:
+        """What is missing for a result to trust; empty if nothing is."""
+        known, validation = self.calibration.known, self.samples.validation
+        if self.source is not None or (known is not None and validation is not None):
+            return ""
+        if known is None:
+            return NO_DATA
+        return (
+            f"ranges come from statistics {known.path} ({len(known.samples)} samples), the verdict "
+            "from synthesized input: give --val"
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about the model and the data; complete once all samples were read."""
-        kept, validation = self.calibration.dataset, self.validation
-        whose = "others, synthesized too" if self.source is None else "held out of them"
+        kept, validation = self.samples.kept, self.samples.validation
+        told = () if kept is None else kept.notes
+        if validation is not None:
+            told += tuple(f"validation data: {note}" for note in validation.notes)
+        if self.samples.left_out:
+            told += (f"{self.samples.left_out} samples did not judge: the statistics saw them",)
+        return (self._counts(), *self.model.notes, *told)
+
+    def _counts(self) -> str:
+        """How many samples made statistics, chose, and judged."""
+        kept, judge, validation = self.samples.kept, self.samples.judge, self.samples.validation
+        known = self.calibration.known
+        made = [] if known is None else [f"{len(known.samples)} of statistics {known.path}"]
+        made += [] if kept is None else [f"{len(kept)} samples"]
         task = "judged" if validation is None else "chosen"
-        counts = f"calibrated on {len(kept)} samples, {task} on {len(self.judge)} {whose}"
+        whose = self.samples.whose
+        counts = f"calibrated on {' and '.join(made)}, {task} on {len(judge)} {whose}"
         if validation is None:
-            return (counts, *self.model.notes, *kept.notes)
-        counts += f", judged on {len(validation)} of the validation data"
-        notes = (f"validation data: {note}" for note in validation.notes)
-        return (counts, *self.model.notes, *kept.notes, *notes)
+            return counts
+        others = "others of it" if whose == OF_VALIDATION else OF_VALIDATION
+        return f"{counts}, judged on {len(validation)} {others}"
 
 
 def checked(
     model: ModelPath,
     data: Any,
     val: Any,
+    stats: ModelPath | None,
     output: ModelPath | None,
     recipe: Recipe | None,
     settings: QuantizeSettings,
@@ -82,23 +112,27 @@ def checked(
     """Check everything that can be checked at once, the cheapest first."""
     path = existing(model)
     check_runtime(runtime)
-    given = recipes.override(recipe or Recipe(), data=_text(data), val=_text(val), **override)
+    given = recipes.override(
+        recipe or Recipe(), data=_text(data), val=_text(val), stats=_text(stats), **override
+    )
     row = choose_target(given.target)
     source = data if data is not None else given.calibration.data
     val = val if val is not None else given.calibration.val
-    place = check_output(output or default_output(path, settings.bits), path, source, val)
+    stats = given.calibration.stats
+    place = check_output(output or default_output(path, settings.bits), path, source, val, stats)
     say("loading")
     opened = load(path)
     check_output(place, *external_files(path))
     check_input(opened, str(path))
     only = given.only.resolve(opened.graph)
-    kept, judge, validation = _samples(path, source, val, given, runtime)
+    known = None if stats is None else statistics.load(stats, digest(opened))
+    samples = _samples(path, source, val, given, runtime, known)
     memory = given.calibration.max_memory or enough_memory(path)
     exact = replace(
         given, target=row.name, calibration=replace(given.calibration, max_memory=memory)
     )
-    calibration = Calibration(kept, memory, threads=THREADS)
-    return Job(path, place, opened, row, only, exact, source, calibration, judge, validation)
+    calibration = Calibration(samples.kept, memory, threads=THREADS, known=known)
+    return Job(path, place, opened, row, only, exact, source, calibration, samples)
 
 
 def enough_memory(model: Path) -> int:
@@ -107,24 +141,20 @@ def enough_memory(model: Path) -> int:
 
 
 def _samples(
-    path: Path, source: Any, val: Any, recipe: Recipe, runtime: Runtime
-) -> tuple[Dataset, Dataset, Dataset | None]:
+    path: Path, source: Any, val: Any, recipe: Recipe, runtime: Runtime, known: Statistics | None
+) -> Samples:
     """Samples to calibrate on, to choose by and to validate with; the model was run on some."""
-    specs, seed = input_specs(path), recipe.seed
-    images, count = recipe.calibration.preprocess, recipe.calibration.samples
+    specs, wanted, seed = input_specs(path), recipe.calibration, recipe.seed
+
+    def opened(given: Any, count: int | None) -> Dataset:
+        dataset = open_data(given, specs, wanted.preprocess, count, seed)
+        try_out(path, dataset, runtime)
+        return dataset
+
+    found = choose_samples(specs, source, val, known, opened, wanted.samples, seed)
     if source is None:
-        kept = synthesize(specs, count or MADE_UP, seed)
-        held = synthesize(specs, count or MADE_UP, seed + 1)
-        try_out(path, kept, runtime)
-    else:
-        samples = open_data(source, specs, images, count, seed)
-        try_out(path, samples, runtime)
-        kept, held = split(samples)
-    if val is None:
-        return kept, held, None
-    validation = open_data(val, specs, images, None, seed)
-    try_out(path, validation, runtime)
-    return kept, held, validation
+        try_out(path, found.judge, runtime)
+    return found
 
 
 def try_out(path: Path, dataset: Dataset, runtime: Runtime) -> None:
@@ -155,6 +185,21 @@ def input_specs(model: Path) -> list[InputSpec]:
 
 def silent(text: str) -> None:
     """Progress that nobody watches."""
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where it is not known."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+
+
+def counting(say: Progress, task: str) -> Callable[[int, int], None]:
+    """Progress of a task that counts samples."""
+    return lambda done, total: say(f"{task} {done}/{total}")
 
 
 @contextmanager

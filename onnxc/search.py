@@ -25,7 +25,7 @@ from onnxc.graph import Model, copy, to_bytes
 from onnxc.integer import weighted_nodes
 from onnxc.islands import suspects
 from onnxc.ops import knowledge
-from onnxc.pipeline import Calibration, Progress, Step, compress
+from onnxc.pipeline import PREPARED, Calibration, Progress, Step, compress, keeps_statistics
 from onnxc.runtime import Runtime
 from passes.correct_bias import CorrectBias
 from passes.equalize import Equalize
@@ -49,11 +49,6 @@ AUTO_RANGES: tuple[Ranges, ...] = ("mse", "minmax")
 FEW = 4  # samples in a run: memory stays that of calibration
 TIMING = 0.3  # least seconds of timing, for models that run in no time
 MINOR = 0.1  # share of the MACs below which MatMul and Gemm do not decide how to quantize
-
-
-FALLBACK: dict[str, tuple[Pass, ...]] = {  # never slower
-    "weight-only": (CorrectBias(), QuantizeWeights(), ShareConstants())
-}
 
 
 @dataclass(frozen=True)
@@ -85,20 +80,24 @@ def candidates(
     ranges: Ranges | None = None,
     bits: int = 8,
     pow2: bool = False,
+    has_data: bool = True,
 ) -> dict[str, tuple[Pass, ...]]:
-    """The ways worth trying for a model, by name. ranges: None tries AUTO_RANGES."""
+    """The ways worth trying for a model, by name.
+
+    ranges: None tries AUTO_RANGES. has_data: whether statistics can be gathered on the way; if not,
+    those of the prepared model must do.
+    """
     first, *others = AUTO_RANGES if ranges is None else (ranges,)
     if pow2:
-        return {"fixed": _fixed(ranges, bits)}
+        return {"fixed": _fixed(ranges, bits, has_data)}
     if bits == 4:
         return _four_bits(model, context)
     rest = (QuantizeWeights(), ShareConstants())
     integers: tuple[Pass, ...] = (ToQOperator(),) if format_ == "qoperator" else ()
-    start: tuple[Pass, ...] = (Equalize(), CorrectBias())
+    start = _start(has_data)
     convolutions = _operators(model, context, channels=True)
     mixed = (
-        Equalize(),
-        CorrectBias(ops=convolutions),
+        *_start(has_data, ops=convolutions),
         Quantize(ranges=first, ops=convolutions),
         QuantizeDynamic(),
     )
@@ -106,7 +105,7 @@ def candidates(
         "static": (*start, Quantize(ranges=first), *integers, *rest),
         "mixed": (*mixed, *rest),
         "dynamic": (QuantizeDynamic(), *rest),
-        **FALLBACK,
+        **fallback(has_data),
     }
     found = {name: ways[name] for name in _worth_trying(model, context, format_)}
     if "static" in found:
@@ -119,14 +118,29 @@ def candidates(
     return found
 
 
-def _fixed(ranges: Ranges | None, bits: int) -> tuple[Pass, ...]:
+def fallback(has_data: bool = True) -> dict[str, tuple[Pass, ...]]:
+    """What is never slower."""
+    return {"weight-only": (_bias(has_data), QuantizeWeights(), ShareConstants())}
+
+
+def _start(has_data: bool, **settings: Any) -> tuple[Pass, ...]:
+    """What makes quantizing better; equalized tensors have no longer the statistics of a file."""
+    first: tuple[Pass, ...] = (Equalize(),) if has_data else ()
+    return (*first, _bias(has_data, **settings))
+
+
+def _bias(has_data: bool, **settings: Any) -> CorrectBias:
+    return CorrectBias(by="drift" if has_data else "mean", **settings)
+
+
+def _fixed(ranges: Ranges | None, bits: int, has_data: bool) -> tuple[Pass, ...]:
     """Fixed point. 16 bits round so little that clipping or moving weights only costs."""
     if bits == 16:
         ranges = ranges or "minmax"
         wide = Quantize(ranges=ranges, bits=16, activation_bits=16, power_of_two=True)
         return (UpgradeOpset(WIDE_OPSET), wide)
     narrow = Quantize(ranges=ranges or AUTO_RANGES[0], power_of_two=True)
-    return (Equalize(), CorrectBias(power_of_two=True), narrow)
+    return (*_start(has_data, power_of_two=True), narrow)
 
 
 def _four_bits(model: Model, context: Context) -> dict[str, tuple[Pass, ...]]:
@@ -179,8 +193,12 @@ def build(
     feed: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> dict[str, Built]:
-    """Each candidate's model and what each pass did; what candidates begin with is done once."""
-    made: dict[tuple[Pass, ...], Built] = {(): (model, ())}
+    """Each candidate's model and what each pass did; what candidates begin with is done once.
+
+    Statistics are those of the model that a pass gets, or of the last one before that has the same.
+    """
+    made: dict[tuple[Pass, ...], Built] = {PREPARED: (model, ())}
+    sources: dict[tuple[Pass, ...], tuple[Pass, ...]] = {PREPARED: PREPARED}
     for passes in ways.values():
         for count, pass_ in enumerate(passes, 1):
             path, start = passes[:count], passes[: count - 1]
@@ -188,10 +206,14 @@ def build(
                 continue
             before, steps = made[start]
             result, last = copy(before), steps[-1].after if steps else None
-            step = compress(
-                result, [pass_], context, calibration, feed, progress, last, state=start
+            source = sources[start]
+            (step,) = compress(
+                *(result, [pass_], context, calibration, feed, progress, last),
+                state=source,
+                source=made[source][0],
             )
-            made[path] = result, (*steps, *step)
+            made[path] = result, (*steps, step)
+            sources[path] = source if keeps_statistics(pass_, step) else path
     return {name: made[passes] for name, passes in ways.items()}
 
 

@@ -6,21 +6,35 @@ y being the output in the graph as it is and ŷ the one with weights rounded (`p
 layer after layer with all the layers before already corrected (`calib.twin`): correcting all at
 once overshoots. Nagel 2019, "Data-free quantization through weight equalization and bias
 correction", with data in place of the batch-norm statistics.
+
+Without a run, from the mean mu of the rows of the layer's input alone (§4.2 there, `by` "mean"):
+
+    b <- b + (W − Ŵ) mu
+
+Either way means come back to those of the float graph, so that statistics of it still hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.graph import constant, fresh, nbytes, values
-from onnxc.integer import round_weights, weighted_nodes
-from onnxc.ops import knowledge
+from onnxc.integer import round_weights, rounded, weighted_nodes
+from onnxc.moments import mean_output, moments_key
+from onnxc.ops import knowledge, weight_of
+
+Array = NDArray[np.float64]
+MISSING = {
+    "drift": "its drift was not measured",
+    "mean": "the mean of its input is not known",
+}
 
 
 @register
@@ -28,7 +42,8 @@ from onnxc.ops import knowledge
 class CorrectBias:
     """Let the outputs of heavy nodes keep their means when the weights are rounded.
 
-    bits, power_of_two, ops: of the rounding to come.
+    bits, power_of_two, ops: of the rounding to come. by: what tells how means move: the drift of
+    each output, measured layer after layer, or the mean of each input, as a statistics file has it.
     """
 
     name: ClassVar[str] = "correct-bias"
@@ -37,9 +52,16 @@ class CorrectBias:
     bits: int = 8
     power_of_two: bool = False
     ops: tuple[str, ...] = ()
+    by: Literal["drift", "mean"] = "drift"
+
+    @property
+    def keeps_statistics(self) -> bool:
+        return self.by == "mean"
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        return [_key(node) for node in weighted_nodes(graph, context, self.ops) if _has_place(node)]
+        nodes = weighted_nodes(graph, context, self.ops)
+        keys = (self._key(node) for node in nodes if _has_place(node))
+        return [key for key in keys if key is not None]
 
     def perturb(self, graph: gs.Graph, context: Context) -> None:
         """What the drift is to be measured of: round the weights of a copy of the graph."""
@@ -50,15 +72,29 @@ class CorrectBias:
         for node in weighted_nodes(graph, context, self.ops):
             if not _has_place(node):
                 results.append(Skip(node.name, "bias not corrected: the node has none"))
-            elif _key(node) not in context.stats:
-                results.append(Skip(node.name, "bias not corrected: its drift was not measured"))
-            else:
-                results.append(_correct(graph, node, context))
+                continue
+            key = self._key(node)
+            if key is None or key not in context.stats:
+                results.append(Skip(node.name, f"bias not corrected: {MISSING[self.by]}"))
+                continue
+            shift = self._shift(node, context, context.stats[key])
+            results.append(_correct(graph, node, shift))
         return results
 
+    def _key(self, node: gs.Node) -> Key | None:
+        if self.by == "mean":
+            return moments_key(node)
+        return Key(node.outputs[0].name, "drift", knowledge(node).y_axis)
 
-def _key(node: gs.Node) -> Key:
-    return Key(node.outputs[0].name, "drift", knowledge(node).y_axis)
+    def _shift(self, node: gs.Node, context: Context, found: Any) -> Array:
+        """E[y − ŷ] of each output channel."""
+        if self.by == "drift":
+            return np.asarray(found, np.float64)
+        weight = weight_of(node)
+        assert weight is not None
+        exact = values(weight).astype(np.float64)
+        on_grid = rounded(node, values(weight), context, self.bits, self.power_of_two)
+        return mean_output(node, exact - on_grid, found.mean)
 
 
 def _has_place(node: gs.Node) -> bool:
@@ -70,8 +106,7 @@ def _has_place(node: gs.Node) -> bool:
     return given is None or not given.name or isinstance(given, gs.Constant)
 
 
-def _correct(graph: gs.Graph, node: gs.Node, context: Context) -> Change | Skip:
-    drift = np.asarray(context.stats[_key(node)], np.float64)
+def _correct(graph: gs.Graph, node: gs.Node, drift: Array) -> Change | Skip:
     if not drift.any():
         return Skip(node.name, "bias not corrected: the mean of its output stays as it is")
     position = knowledge(node).bias

@@ -1,0 +1,129 @@
+"""Which samples make statistics, which choose among results, and which judge the one chosen.
+
+                    make                        choose                      judge
+    --data          four of five                the fifth                   the same, or --val
+    --stats, --data statistics, four of five    a fifth, of unseen ones     the same, or --val
+    --stats, --val  statistics                  a fifth of --val            the rest of it
+    --stats         statistics                  synthesized                 the same
+    nothing         synthesized                 others, synthesized         the same, or --val
+
+No sample that statistics saw chooses or judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from calib.data import Dataset, synthesize
+from calib.inputs import InputSpec
+from calib.statistics import Statistics
+from onnxc.errors import DataError
+from onnxc.quantization import split
+
+MADE_UP = 16  # samples of each kind where they are synthesized
+OF_VALIDATION = "of the validation data"
+Open = Callable[[Any, int | None], Dataset]  # of a source, and how many samples of it
+
+
+@dataclass(frozen=True)
+class Samples:
+    """kept: what statistics are gathered of, None where that is not possible. judge: samples to
+    choose by, and to judge by where there is no validation; whose: where they come from, in words.
+    left_out: how many could not judge, because statistics saw them.
+    """
+
+    kept: Dataset | None
+    judge: Dataset
+    validation: Dataset | None = None
+    whose: str = "held out of them"
+    left_out: int = 0
+
+
+def choose_samples(
+    specs: list[InputSpec],
+    data: Any,
+    val: Any,
+    known: Statistics | None,
+    open_source: Open,
+    count: int | None,
+    seed: int,
+) -> Samples:
+    """The samples of a request; `open_source` opens and tries one.
+
+    Raises DataError where statistics saw all that could judge, or saw images prepared otherwise.
+    """
+    validation = None if val is None else open_source(val, None)
+    left_out = 0
+    if validation is not None and known is not None:
+        total, validation = len(validation), _unseen(validation, known, "--val")
+        left_out = total - len(validation)
+    if data is None and known is None:
+        kept = synthesize(specs, count or MADE_UP, seed)
+        judge = synthesize(specs, count or MADE_UP, seed + 1)
+        return Samples(kept, judge, validation, "others, synthesized too")
+    if data is None:
+        return _without_data(specs, validation, count, seed, left_out)
+    samples = open_source(data, count)
+    if known is None:
+        return Samples(*split(samples), validation)
+    return _beside(samples, validation, known, left_out)
+
+
+def _without_data(
+    specs: list[InputSpec], validation: Dataset | None, count: int | None, seed: int, left_out: int
+) -> Samples:
+    if validation is None:
+        judge = synthesize(specs, count or MADE_UP, seed)
+        return Samples(None, judge, whose="synthesized ones")
+    rest, judge = split(validation)
+    return Samples(None, judge, rest, OF_VALIDATION, left_out)
+
+
+def _beside(
+    samples: Dataset, validation: Dataset | None, known: Statistics, left_out: int
+) -> Samples:
+    """Data for what statistics do not hold; of samples that they saw, none chooses."""
+    check_preparation(samples, known)
+    fresh = fresh_positions(samples, known)
+    if len(fresh):
+        kept, judge = split(samples, fresh)
+        return Samples(kept, judge, validation, left_out=left_out + len(samples) - len(fresh))
+    if validation is None:
+        raise DataError(
+            f"statistics {known.path} saw all {len(samples)} samples of --data, so none can judge "
+            "the result: give --val with other samples"
+        )
+    rest, judge = split(validation)
+    return Samples(samples, judge, rest, OF_VALIDATION, left_out + len(samples))
+
+
+def _unseen(dataset: Dataset, known: Statistics, option: str) -> Dataset:
+    check_preparation(dataset, known)
+    fresh = fresh_positions(dataset, known)
+    if len(fresh) == len(dataset):
+        return dataset
+    if not fresh:
+        raise DataError(
+            f"statistics {known.path} saw all {len(dataset)} samples of {option}, so none can "
+            "judge the result: give other samples"
+        )
+    return dataset.subset(np.asarray(fresh))
+
+
+def fresh_positions(dataset: Dataset, known: Statistics) -> list[int]:
+    """Positions of the samples that statistics have not seen."""
+    return [i for i, digest in enumerate(dataset.digests()) if digest not in known.seen]
+
+
+def check_preparation(dataset: Dataset, known: Statistics) -> None:
+    """Raise DataError where statistics are of images that were prepared otherwise."""
+    mine, theirs = dataset.preparation, known.preparation
+    if mine and theirs and mine != theirs:
+        raise DataError(
+            f"statistics {known.path} are of images prepared with other options: give those that "
+            "onnxc calibrate was given, such as --preset"
+        )
