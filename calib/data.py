@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from calib.callables import call, spool
 from calib.images import NAMED, SUFFIXES, Images, image_files
 from calib.inputs import Array, Axes, Feed, InputSpec, fixed_batch, is_float
+from calib.observers import HistogramObserver
 from calib.preprocess import PRESETS, Preprocess, plan
 from calib.sources import Blocks, Source, mapping, numpy_file, onnx_set
 from calib.synthetic import Synthetic, guessed_shapes
@@ -206,14 +207,17 @@ def synthesize(
     samples: int,
     seed: int = 0,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    known: Mapping[str, HistogramObserver] | None = None,
 ) -> Dataset:
     """Made-up feeds for a model without data; `shapes` fixes the shape of inputs by name.
+
+    known: histograms of float inputs by name, which their values are drawn from.
 
     Raises DataError for inputs that cannot be made up (strings), OptionError for a wrong shape.
     """
     if samples < 1:
         raise OptionError(f"--samples {samples} is too few: give 1 or more")
-    source = Synthetic(inputs, guessed_shapes(inputs, shapes or {}), samples, seed)
+    source = Synthetic(inputs, guessed_shapes(inputs, shapes or {}), samples, seed, known or {})
     source.feed(0)
     return Dataset(tuple(inputs), source, np.arange(samples))
 

@@ -3,16 +3,22 @@
 Floats are standard normal, 8-bit integers cover their range, other integers are 0..9 (so that ids
 stay inside small tables), booleans are fair coins. Dynamic dimensions are guessed from their names,
 else from rank and position; the same symbol always gets the same size.
+
+Where a histogram of a float input is known, its values are drawn from that, and those of images
+put in the order of noise with the spectrum of natural ones, amplitude ~ 1 / frequency (Field 1987):
+input that looks like nothing leaves the ranges of the layers inside, and results on it say little.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from calib.inputs import Array, Axes, Dims, Feed, InputSpec, is_float, sample_axes
+from calib.observers import SIDE, HistogramObserver
 from onnxc.errors import DataError, OptionError
 
 NAMES: tuple[tuple[str, int], ...] = (  # symbol of a dimension, matched in this order
@@ -29,6 +35,7 @@ ELSEWHERE = 16
 WAVEFORM = 512  # samples of a float input [batch, time]
 VALUES = ((r"(^|_)sr$|sample_?rate", 16000), (r"mask", 1), (r"token_?type|segment", 0))
 IDS = 10  # made-up ids lie below
+NOTHING: Mapping[str, HistogramObserver] = {}
 
 
 def guessed_shapes(
@@ -106,8 +113,10 @@ class Synthetic:
         shapes: Mapping[str, tuple[int, ...]],
         count: int,
         seed: int,
+        known: Mapping[str, HistogramObserver] = NOTHING,
     ) -> None:
         self._inputs, self._shapes, self._count, self._seed = inputs, shapes, count, seed
+        self._known = known
         dims = "; ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         self.notes = [f"the input is synthesized (seed {seed}), not data: {dims}"]
         self.skipped: dict[int, str] = {}
@@ -120,12 +129,43 @@ class Synthetic:
 
     def feed(self, index: int) -> Feed:
         rng = np.random.default_rng((self._seed, index))
-        return {i.name: _drawn(i, self._shapes[i.name], rng) for i in self._inputs}
+        return {i.name: self._made(i, self._shapes[i.name], rng) for i in self._inputs}
+
+    def _made(self, spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+        observed = self._known.get(spec.name)
+        if observed is None or not is_float(spec.dtype):
+            return _drawn(spec, shape, rng)
+        values = drawn_from(observed, math.prod(shape), rng)
+        return _looking_natural(values, shape, rng).astype(spec.dtype)
 
     def content(self, index: int) -> Iterator[bytes]:
         for name, array in self.feed(index).items():
             yield f"{name}{array.dtype}{array.shape}".encode()
             yield array.tobytes()
+
+
+def drawn_from(observed: HistogramObserver, count: int, rng: np.random.Generator) -> Array:
+    """Independent values with the distribution of a histogram, float64 (count,)."""
+    bins = np.arange(len(observed.counts)) - (SIDE - 1)
+    chosen = rng.choice(bins, count, p=observed.counts / observed.binned)
+    inside = np.where(chosen, rng.random(count), rng.uniform(-1, 1, count))
+    values = (chosen + np.where(chosen < 0, -inside, inside)) * observed.width
+    return np.clip(values, observed.low, observed.high)
+
+
+def _looking_natural(values: Array, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Values in a shape; those of images in the order of 1/f noise."""
+    if len(shape) < 4:
+        return values.reshape(shape)
+    axes = tuple(range(2, len(shape)) if shape[1] <= shape[-1] else range(1, len(shape) - 1))
+    grid = np.meshgrid(*(np.fft.fftfreq(shape[a]) for a in axes), indexing="ij")
+    frequency = np.sqrt(sum(f**2 for f in grid))
+    frequency.flat[0] = 1 / max(shape[a] for a in axes)
+    aligned = np.expand_dims(frequency, [a for a in range(len(shape)) if a not in axes])
+    noise = np.fft.ifftn(np.fft.fftn(rng.standard_normal(shape), axes=axes) / aligned, axes=axes)
+    result = np.empty(len(values))
+    result[np.argsort(noise.real, axis=None)] = np.sort(values)
+    return result.reshape(shape)
 
 
 def _drawn(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:

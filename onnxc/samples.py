@@ -20,7 +20,9 @@ import numpy as np
 
 from calib.data import Dataset, synthesize
 from calib.inputs import InputSpec
+from calib.observers import HistogramObserver
 from calib.statistics import Statistics
+from onnxc.core import Key
 from onnxc.errors import DataError
 from onnxc.quantization import split
 
@@ -61,12 +63,8 @@ def choose_samples(
     if validation is not None and known is not None:
         total, validation = len(validation), _unseen(validation, known, "--val")
         left_out = total - len(validation)
-    if data is None and known is None:
-        kept = synthesize(specs, count or MADE_UP, seed)
-        judge = synthesize(specs, count or MADE_UP, seed + 1)
-        return Samples(kept, judge, validation, "others, synthesized too")
     if data is None:
-        return _without_data(specs, validation, count, seed, left_out)
+        return _without_data(specs, validation, known, count or MADE_UP, seed, left_out)
     samples = open_source(data, count)
     if known is None:
         return Samples(*split(samples), validation)
@@ -74,13 +72,28 @@ def choose_samples(
 
 
 def _without_data(
-    specs: list[InputSpec], validation: Dataset | None, count: int | None, seed: int, left_out: int
+    specs: list[InputSpec],
+    validation: Dataset | None,
+    known: Statistics | None,
+    count: int,
+    seed: int,
+    left_out: int,
 ) -> Samples:
+    if known is None:
+        kept = synthesize(specs, count, seed)
+        judge = synthesize(specs, count, seed + 1)
+        return Samples(kept, judge, validation, "others, synthesized too")
     if validation is None:
-        judge = synthesize(specs, count or MADE_UP, seed)
+        judge = synthesize(specs, count, seed, known=_histograms(specs, known))
         return Samples(None, judge, whose="synthesized ones")
     rest, judge = split(validation)
     return Samples(None, judge, rest, OF_VALIDATION, left_out)
+
+
+def _histograms(specs: list[InputSpec], known: Statistics) -> dict[str, HistogramObserver]:
+    """Those of the model's inputs."""
+    found = {spec.name: known.stats.get(Key(spec.name, "histogram")) for spec in specs}
+    return {name: o for name, o in found.items() if isinstance(o, HistogramObserver)}
 
 
 def _beside(

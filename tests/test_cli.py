@@ -15,13 +15,14 @@ import onnx.parser
 import pytest
 
 import onnxc
-from calib import merge
-from onnxc import api, options, vectors
+from calib import merge, statistics
+from onnxc import api, calibration, options, vectors
 from onnxc.cli import run
 from onnxc.commands import Watch
 from onnxc.core import Key
 from onnxc.errors import OptionError
 from onnxc.graph import load
+from onnxc.paths import check_output
 from onnxc.recipe import Recipe, dump
 from onnxc.report import Effect, Measure, Preview, Report
 from onnxc.runtime import LEVELS, Runtime, session
@@ -183,13 +184,13 @@ def test_calibrate_writes_statistics_of_this_model(
 ) -> None:
     path = tmp_path / "m.stats"
     assert call("calibrate", model, "--data", samples, "-o", path) == 0
-    found = merge.load(path, merge.digest(load(model)))
+    found = statistics.load(path, merge.digest(load(model)))
     x = np.load(samples)["x"]
     seen: Any = found.stats[Key("x", "histogram")]
     assert seen.low == pytest.approx(float(x.min()), abs=0)
     assert seen.count == x.size
     with pytest.raises(OptionError, match="another model"):
-        merge.load(path, merge.digest(load(other)))
+        statistics.load(path, merge.digest(load(other)))
 
 
 def test_equal_calibrations_are_equal_files(model: Path, samples: Path, tmp_path: Path) -> None:
@@ -268,13 +269,13 @@ def test_output_that_is_not_writable(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OptionError, match="not writable"):
-        api.check_output(tmp_path / "out.onnx", model)
+        check_output(tmp_path / "out.onnx", model)
 
 
 def test_output_is_checked_before_the_long_work(
     model: Path, samples: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(api, "open_data", lambda *a, **k: pytest.fail("the work has begun"))
+    monkeypatch.setattr(calibration, "open_data", lambda *a, **k: pytest.fail("the work has begun"))
     assert call("calibrate", model, "--data", samples, "-o", model) == 2
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -258,62 +257,6 @@ def test_a_tapped_model_holds_only_what_its_taps_need() -> None:
     assert [w.name for w in cut.graph.initializer] == ["A"]
     captured = tap.tapped(bind(BRANCH, flag=np.array([True]), k=np.ones(1, np.float32)), ["d"])
     assert {w.name for w in captured.graph.initializer} == {"flag", "k"}
-
-
-# --- statistics files
-
-
-def statistics(images: Array = IMAGES, model: str = "m" * 64) -> merge.Statistics:
-    data = dataset(images)
-    keys = [Key("s", "histogram"), Key("s", "range", 1), Key("x", "mean", 1)]
-    found = collect(load(network()), keys, data, batch=1)
-    return merge.Statistics(found.stats, model, (data.fingerprint(),), found.batch)
-
-
-def test_a_statistics_file_gives_back_what_was_saved(tmp_path: Path) -> None:
-    saved = statistics()
-    merge.save(saved, tmp_path / "a.npz")
-    merge.save(saved, tmp_path / "b.npz")
-    found = merge.load(tmp_path / "a.npz", "m" * 64)
-    assert replace(found, stats={}) == replace(saved, stats={})
-    assert found.stats.keys() == saved.stats.keys()
-    assert all(is_equal(found.stats[key], saved.stats[key]) for key in saved.stats)
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-
-
-def test_parts_of_the_data_merge_to_the_statistics_of_all(tmp_path: Path) -> None:
-    merge.save(statistics(IMAGES[:4]), tmp_path / "a.npz")
-    merge.save(statistics(IMAGES[4:]), tmp_path / "b.npz")
-    parts = [merge.load(tmp_path / name) for name in ("a.npz", "b.npz")]
-    merged, whole = merge.merge(*parts), statistics()
-    for key in whole.stats:
-        if key.what == "mean":
-            np.testing.assert_allclose(merged.stats[key].mean, whole.stats[key].mean, rtol=1e-9)
-        else:
-            assert is_equal(merged.stats[key], whole.stats[key])
-    assert merged.data == tuple(sorted(parts[0].data + parts[1].data))
-
-
-def test_statistics_of_another_model_or_the_same_data_are_refused(tmp_path: Path) -> None:
-    mine, other = statistics(), statistics(IMAGES[:4], "n" * 64)
-    merge.save(mine, tmp_path / "a.npz")
-    with pytest.raises(OptionError, match="another model"):
-        merge.load(tmp_path / "a.npz", other.model)
-    with pytest.raises(OptionError, match="different models"):
-        merge.merge(mine, other)
-    with pytest.raises(OptionError, match="the same data"):
-        merge.merge(mine, mine)
-    fewer = replace(mine, stats={Key("x", "mean", 1): mine.stats[Key("x", "mean", 1)]}, data=("z",))
-    with pytest.raises(OptionError, match="different tensors"):
-        merge.merge(mine, fewer)
-
-
-def test_a_file_that_is_not_ours_is_refused_with_its_name(tmp_path: Path) -> None:
-    (tmp_path / "text.npz").write_text("no")
-    np.savez(tmp_path / "arrays.npz", x=np.zeros(3))
-    for name in ("missing.npz", "text.npz", "arrays.npz"):
-        with pytest.raises(DataError, match=f"{name} is not a statistics file"):
-            merge.load(tmp_path / name)
 
 
 def test_a_digest_follows_the_weights() -> None:
