@@ -34,6 +34,7 @@ HEADER = "header.json"
 DATE = (1980, 1, 1, 0, 0, 0)  # the first that a .zip can hold
 LEVEL = 1  # of deflation: the fastest halves histograms many times already
 LARGEST_DEFLATED = 1 << 20  # bytes of one deflated entry: what claims more is no file of ours
+ZIP = b"PK\x03\x04"
 MAGIC = b"\x93NUMPY\x01\x00"
 HEAD = re.compile(  # as NumPy writes it; its reader evaluates more than this
     rb"\{'descr': '(<f8|<i8|\|u1)', 'fortran_order': False, 'shape': \(([\d, ]*)\), \} *\n"
@@ -71,6 +72,12 @@ def _entry(name: str, size: int, is_deflated: bool = False) -> zipfile.ZipInfo:
     entry.compress_type = zipfile.ZIP_DEFLATED if is_deflated else zipfile.ZIP_STORED
     entry._compresslevel = LEVEL  # type: ignore[attr-defined]
     return entry
+
+
+def is_archive(path: str | Path) -> bool:
+    """Whether a file begins as a .zip does."""
+    with Path(path).open("rb") as file:
+        return file.read(len(ZIP)) == ZIP
 
 
 class Archive:

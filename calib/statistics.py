@@ -20,7 +20,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime
 
-from calib.archive import DAMAGE, Archive, write
+from calib.archive import DAMAGE, Archive, is_archive, write
 from calib.moments import MomentsObserver
 from calib.observers import OBSERVERS, Array, Streaming
 from calib.restore import arrays, numbers, restored
@@ -127,8 +127,7 @@ def load(path: str | Path, model: str | None = None) -> Statistics:
     if not Path(path).is_file():
         raise DataError(f"statistics {path} do not exist; give a file that onnxc calibrate wrote")
     try:
-        with Archive(path) as archive:
-            found = _parse(archive) if archive.is_ours else None
+        found = _read(path) if is_archive(path) else None
     except DataError as error:
         raise DataError(f"statistics {path} {error}; {AGAIN}") from error
     except DAMAGE as error:
@@ -138,6 +137,12 @@ def load(path: str | Path, model: str | None = None) -> Statistics:
     if model is not None and found.model != model:
         raise OptionError(f"statistics {path} are of another model: calibrate this one")
     return replace(found, path=str(path))
+
+
+def _read(path: str | Path) -> Statistics | None:
+    """What an archive holds; None where it is none of ours."""
+    with Archive(path) as archive:
+        return _parse(archive) if archive.is_ours else None
 
 
 def _settled(observer: Streaming) -> Streaming:

@@ -179,29 +179,36 @@ def gather(
     that the same statistics of it are gathered once; those of PREPARED may be known beforehand.
     source: the model of that state, where this one has its statistics but was changed since.
     """
-    say = partial(_count, progress, pass_.name) if progress is not None else None
     wanted = frozenset(pass_.wants(model.graph, context))
-    if state is not None and (state, wanted) in calibration.memo:
-        return calibration.memo[state, wanted]
+    drifting = sorted((key for key in wanted if key.what == "drift"), key=order_of)
+    name = (state, wanted, pass_ if drifting else None)  # another perturbation, another drift
+    if state is not None and name in calibration.memo:
+        return calibration.memo[name]
     stats = calibration.answers(wanted) if state == PREPARED else {}
-    calibration.memo[state, wanted] = stats
+    calibration.memo[name] = stats
     missing = sorted(wanted - stats.keys(), key=order_of)
     if calibration.dataset is None:
         calibration.notes.extend(_unanswered(pass_, missing, calibration))
         return stats
-    drifting = [key for key in missing if key.what == "drift"]
-    early = [key for key in missing if key.what in SETTLE_EARLY]
-    full = [key for key in missing if key not in {*drifting, *early}]
-    if early:
-        found = _collect(source or model, early, few(calibration.dataset), calibration, say)
-        stats.update(found)
-    if full:
-        stats.update(_collect(source or model, full, calibration.dataset, calibration, say))
+    settled = [key for key in missing if key.what in SETTLE_EARLY]
+    rest = [key for key in missing if key not in {*settled, *drifting}]
+    say = partial(_count, progress, pass_.name) if progress is not None else None
+    for keys, dataset in ((settled, few(calibration.dataset)), (rest, calibration.dataset)):
+        if keys:
+            origin = source if source is not None and _holds(source, keys) else model
+            stats.update(_collect(origin, keys, dataset, calibration, say))
     if drifting and isinstance(pass_, Perturbs):
         current = copy(model)
         pass_.perturb(current.graph, context)
         stats.update(_drift(model, current, drifting, few(calibration.dataset), calibration))
     return stats
+
+
+def _holds(model: Model, keys: Iterable[Key]) -> bool:
+    """Whether the tensors of all keys are in a model."""
+    tensors = {t.name for node in model.graph.nodes for t in node.outputs}
+    tensors |= {t.name for t in model.graph.inputs}
+    return all({key.tensor, key.minus or key.tensor} <= tensors for key in keys)
 
 
 def _unanswered(pass_: Pass, missing: Sequence[Key], calibration: Calibration) -> Iterator[str]:

@@ -57,6 +57,7 @@ class UpgradeOpset:
 
     name: ClassVar[str] = "upgrade-opset"
     lossless: ClassVar[bool] = True
+    keeps_statistics: ClassVar[bool] = True
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         return ()

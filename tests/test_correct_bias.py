@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 from quantizing import Feed, apply
 from texts import bind, normal, outputs, reasons
 
+from calib.moments import MomentsObserver
 from onnxc.core import Change, Context
 from onnxc.graph import Model, copy, load, opset, to_bytes, values
 from onnxc.integer import round_weights
+from onnxc.numerics.patches import Window
 from onnxc.targets import choose
 from passes.correct_bias import CorrectBias
 
@@ -140,3 +142,47 @@ def test_drift_that_was_not_measured_is_a_reason() -> None:
     model = load(network())
     results = CorrectBias().apply(model.graph, Context(13, choose("x86")))
     assert reasons(results).count("its drift was not measured") == 2
+
+
+# --- from the means of the inputs
+
+
+def test_a_mean_input_corrects_the_mean_output() -> None:
+    """One layer, all of whose positions are rows: the closed form is exact."""
+    proto = bind(
+        """g (float[1,3,6,6] x, float[6,3,1,1] W) => (float[1,6,6,6] y) { y = Conv (x, W) }""",
+        W=normal(6, 3, 1, 1),
+    )
+    feed = {"x": np.abs(normal(16, 1, 3, 6, 6))}
+    whole = MomentsObserver(1, Window((1, 1)))
+    whole.count, whole.total = 1, feed["x"].mean((0, 1, 3, 4), dtype=np.float64)[None]
+    model = load(proto)
+    (key,) = CorrectBias(by="mean").wants(model.graph, Context(13, choose("x86")))
+    context = Context(13, choose("x86"), stats={key: whole})
+    (change,) = CorrectBias(by="mean").apply(model.graph, context)
+    assert isinstance(change, Change)
+    wanted = means(proto, "y", feed)
+    after = np.abs(means(rounded(model), "y", feed) - wanted).max()
+    before = np.abs(means(rounded(load(proto)), "y", feed) - wanted).max()
+    assert after < 1e-5 * np.abs(wanted).max() < before
+
+
+def test_both_ways_bring_the_means_back() -> None:
+    proto = network()
+    wanted = means(proto, "y", IMAGE)
+    before = np.abs(means(rounded(load(proto)), "y", IMAGE) - wanted).max()
+    for way in (CorrectBias(), CorrectBias(by="mean")):
+        model, step = apply(proto, way, IMAGE, "x86")
+        assert len(step.changes) == 2
+        assert np.abs(means(rounded(model), "y", IMAGE) - wanted).max() < before / 4
+
+
+def test_only_the_means_keep_statistics() -> None:
+    assert CorrectBias(by="mean").keeps_statistics
+    assert not CorrectBias().keeps_statistics
+
+
+def test_a_mean_that_is_not_known_is_a_reason() -> None:
+    model = load(network())
+    results = CorrectBias(by="mean").apply(model.graph, Context(13, choose("x86")))
+    assert reasons(results).count("the mean of its input is not known") == 2
