@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,11 @@ def merge(files: Sequence[str | Path]) -> Statistics:
     for (first, a), (second, b) in pairwise(named):
         _check_alike(first, a, second, b)
     _check_apart(named)
-    return reduce(_both, (load(name) for name, _ in named))
+    (first, _), *others = named
+    total = load(first)
+    for name, _ in others:
+        total = _both(name, total, load(name))
+    return total
 
 
 def _origin(part: Statistics) -> Statistics:
@@ -80,10 +83,12 @@ def _check_apart(named: Sequence[Named]) -> None:
                 )
 
 
-def _both(a: Statistics, b: Statistics) -> Statistics:
+def _both(name: str, a: Statistics, b: Statistics) -> Statistics:
+    """What was merged before, and a file of this name."""
     lost = a.lost | b.lost
+    kept = [key for key in a.stats if key not in lost]
     return Statistics(
-        {key: _merged(key, a.stats[key], b.stats[key]) for key in a.stats if key not in lost},
+        {key: _merged(name, key, a.stats[key], b.stats[key]) for key in kept},
         a.model,
         a.graph,
         tuple(sorted((*a.samples, *b.samples))),
@@ -93,8 +98,8 @@ def _both(a: Statistics, b: Statistics) -> Statistics:
     )
 
 
-def _merged(key: Key, a: Streaming, b: Streaming) -> Streaming:
+def _merged(name: str, key: Key, a: Streaming, b: Streaming) -> Streaming:
     try:
         return a.merge(b)
     except OptionError as error:
-        raise OptionError(f"{key.what} of tensor {key.name!r}: {error}") from error
+        raise OptionError(f"{name}, tensor {key.name!r}: {error}") from error

@@ -86,7 +86,11 @@ class Job:
         """How many samples made statistics, chose, and judged."""
         kept, judge, validation = self.samples.kept, self.samples.judge, self.samples.validation
         known = self.calibration.known
-        made = [] if known is None else [f"{len(known.samples)} of statistics {known.path}"]
+        made = (
+            []
+            if known is None
+            else [f"the {len(known.samples)} samples of statistics {known.path}"]
+        )
         made += [] if kept is None else [f"{len(kept)} samples"]
         task = "judged" if validation is None else "chosen"
         whose = self.samples.whose

@@ -85,16 +85,15 @@ def assert_same(a: Any, b: Any, magnitudes: Any = None) -> None:
 
 
 def magnitude(observer: Any, whole: Array) -> Any:
-    """An observer of Σ |x|, Σ |x_i x_j|; None for what is exact."""
-    if isinstance(observer, CrossObserver):
-        observer.update_pair(np.abs(whole), np.abs(whole[:, ::-1]) + np.float32(1), len(whole))
-    elif isinstance(observer, MomentsObserver) or hasattr(observer, "total"):
-        observer.update(np.abs(whole), len(whole))
-    else:
+    """An observer of Σ |x|, Σ |x_i x_j| over the same rows; None for what is exact."""
+    if not hasattr(observer, "total"):
         return None
-    if isinstance(observer, MomentsObserver):
-        observer.settle()
-    return observer
+    if not isinstance(observer, MomentsObserver):
+        observer.update(np.abs(whole), len(whole))
+        return observer
+    multiply = observer._multiply  # the rows are chosen before their signs are gone
+    observer._multiply = lambda taken: multiply(np.abs(taken))  # type: ignore[method-assign]
+    return see(observer, whole)
 
 
 @pytest.mark.parametrize("what", list(OBSERVERS))
@@ -211,6 +210,14 @@ def test_what_does_not_go_together_names_both_files(tmp_path: Path) -> None:
     (tmp_path / "0.stats").write_text("no")
     with pytest.raises(DataError, match=r"0\.stats is no statistics file"):
         merge.merge([tmp_path / "0.stats", tmp_path / "1.stats"])
+
+
+def test_blocks_that_differ_name_file_and_tensor(tmp_path: Path) -> None:
+    key = Key("x", "moments", 1, window=Window(groups=2))
+    narrow = {**part(2, 5).stats, key: see(empty("moments", Window(groups=2), 1), IMAGES[2:5])}
+    paths = saved(tmp_path, part(0, 2), part(2, 5, stats=narrow))
+    with pytest.raises(OptionError, match=r"\.stats, tensor 'x': .* --max-memory"):
+        merge.merge(paths)
 
 
 def test_one_file_twice_counts_twice(tmp_path: Path) -> None:

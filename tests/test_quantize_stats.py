@@ -80,7 +80,7 @@ def test_statistics_alone_run_no_calibration(
     assert corrected.by == "mean"
     assert found.coverage.integer == found.coverage.total > 0
     assert any("bias corrected by up to" in change.what for change in found.changes)
-    assert f"calibrated on {SEEN} of statistics" in " ".join(found.notes)
+    assert f"calibrated on the {SEEN} samples of statistics" in " ".join(found.notes)
 
 
 def test_validation_data_choose_and_judge(home: Path, tmp_path: Path, no_collecting: None) -> None:
