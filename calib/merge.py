@@ -19,10 +19,11 @@ import numpy as np
 import onnxruntime
 
 from calib.observers import OBSERVERS, Array, Streaming
+from onnxc import weights
 from onnxc.core import Key
 from onnxc.errors import DataError, OptionError
 from onnxc.files import replacing
-from onnxc.graph import Model, to_bytes
+from onnxc.graph import Model, as_declared
 
 VERSION = 1
 HEADER = "statistics"
@@ -45,8 +46,13 @@ class Statistics:
 
 
 def digest(model: Model) -> str:
-    """sha256, in hex, of the model as a file."""
-    return hashlib.sha256(to_bytes(model)).hexdigest()
+    """sha256, in hex, of the graph and of its weights, wherever a file keeps them."""
+    proto, held = as_declared(model)
+    found = hashlib.sha256(proto.SerializeToString(deterministic=True))
+    for values in held:
+        for piece in weights.pieces(values):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def save(statistics: Statistics, path: str | Path) -> None:

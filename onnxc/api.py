@@ -18,12 +18,13 @@ from calib import merge
 from calib.collect import collect
 from calib.data import Preprocess, open_data
 from onnxc import recipe as recipes
-from onnxc.bench import speedup, time_interleaved
+from onnxc.bench import Latency, speedup, time_interleaved
 from onnxc.check import compare, coverage
 from onnxc.core import Key
 from onnxc.cost import FLOATS, external_files, file_bytes, inspect, type_name
 from onnxc.errors import OptionError
-from onnxc.graph import Model, load, save, to_bytes
+from onnxc.graph import Model, bound, load, save
+from onnxc.graph import size as model_size
 from onnxc.paths import check_folder, check_output, existing
 from onnxc.quantization import (
     Attempt,
@@ -47,9 +48,11 @@ from onnxc.request import (
     naming,
     open_feeds,
     silent,
+    subject,
     try_out,
 )
 from onnxc.runtime import Runtime
+from onnxc.search import excess, untimed
 from onnxc.shapes import infer
 from onnxc.vectors import write_vectors
 
@@ -65,6 +68,7 @@ __all__ = [
     "validate",
 ]
 
+SIDES = ("before", "after")
 DEFAULTS = QuantizeSettings()
 NO_DATA = "made without data: ranges come from synthesized input and fit no real one; give --data"
 PREVIEWED = 4  # samples that a preview calibrates on: the effect on nodes needs no good ranges
@@ -100,7 +104,8 @@ def quantize(
     say = progress or silent
     job = checked(model, data, val, output, recipe, settings, runtime, say, override)
     if max_drop is not None:  # told now where there are no classes
-        missed_bounds(compare(job.path, job.path, job.judge.subset([0]), runtime), max_drop)
+        same = subject(job.path, job.calibration.max_memory)
+        missed_bounds(compare(same, same, job.judge.subset([0]), runtime), max_drop)
     with naming(job.path):
         found = quantize_model(
             job.model,
@@ -166,7 +171,7 @@ def _effect(tried: Attempt, name: str) -> Effect:
 
 
 def _report(job: Job, found: Quantized, missed: tuple[str, ...], is_written: bool) -> Report:
-    size = file_bytes(job.output) if is_written else len(to_bytes(found.model))
+    size = file_bytes(job.output) if is_written else model_size(found.model)
     return Report(
         model=str(job.path),
         output=str(job.output) if is_written else None,
@@ -195,6 +200,7 @@ def validate(
     preprocess: Preprocess | None = None,
     samples: int | None = None,
     seed: int = 0,
+    max_memory: int | None = None,
     runtime: Runtime = Runtime(),
     max_drop: float | None = None,
     save_vectors: ModelPath | None = None,
@@ -203,7 +209,8 @@ def validate(
     """Compare a candidate with its reference over data: accuracy, agreement, SQNR, kernels.
 
     data: what `calib.data.open_data` takes; without it the input is synthesized, and the headline
-    says so. max_drop: points of top-1 (or, without labels, of disagreement) that may be lost.
+    says so. max_memory: bytes that the process may take; models that need more run in stages, and
+    are not timed. max_drop: points of top-1 (or, without labels, of disagreement) that may be lost.
     save_vectors: folder for ONNX test_data_set_* with the reference's outputs, beside the candidate
     as model.onnx.
 
@@ -215,25 +222,29 @@ def validate(
     folder = None if save_vectors is None else check_folder(Path(save_vectors))
     check_same_inputs(first, second)
     dataset = open_feeds(first, data, preprocess, samples, seed)
+    memory = max_memory or max(map(enough_memory, (first, second)))
     for path in (first, second):
-        try_out(path, dataset, runtime)
+        try_out(path, dataset, runtime, memory)
+    pair = [subject(path, memory) for path in (first, second)]
     say("comparing")
     with naming(second):
-        comparison = compare(first, second, dataset, runtime, progress=_counting(say, "comparing"))
+        comparison = compare(*pair, dataset, runtime, progress=_counting(say, "comparing"))
     say("timing")
     feeds = list(islice(dataset.batches(1), FEEDS))
-    times = time_interleaved({"before": first, "after": second}, feeds, runtime)
+    needed, times = excess(pair, feeds[0]), dict[str, Latency]()
+    if not needed:
+        times = time_interleaved(dict(zip(SIDES, pair, strict=True)), feeds, runtime)
     found = Validation(
         reference=str(reference),
         candidate=str(candidate),
-        before=Measure(file_bytes(first), times["before"]),
-        after=Measure(file_bytes(second), times["after"]),
+        before=Measure(file_bytes(first), times.get(SIDES[0])),
+        after=Measure(file_bytes(second), times.get(SIDES[1])),
         headline="" if data is not None else "compared without data, on synthesized input",
-        speedup=speedup(times["before"], times["after"]),
+        speedup=speedup(*times.values()) if times else None,
         comparison=comparison,
-        coverage=coverage(second, runtime),
+        coverage=coverage(pair[1], runtime),
         missed=missed_bounds(comparison, max_drop),
-        notes=dataset.notes,
+        notes=(*dataset.notes, *([untimed(needed, memory)] if needed else ())),
         vectors=None if folder is None else str(folder),
     )
     if folder is not None:
@@ -293,14 +304,14 @@ def calibrate(
     """
     start, path = time.perf_counter(), existing(model)
     target = check_output(output, path, data)
-    opened = load(path)
+    memory = max_memory or enough_memory(path)
+    opened = bound(load(path), memory)
     check_output(target, *external_files(path))
     dataset = open_data(data, input_specs(path), preprocess, samples, seed)
-    try_out(path, dataset, Runtime())
+    try_out(path, dataset, Runtime(), memory)
     digest = merge.digest(opened)
     infer(opened, next(iter(dataset.batches(1))))
     keys = [Key(name, "histogram") for name in _float_tensors(opened)]
-    memory = max_memory or enough_memory(path)
     count = _counting(progress or silent, "calibrating")
     with naming(path):
         found = collect(opened, keys, dataset, max_memory=memory, progress=count)

@@ -22,7 +22,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxc.errors import OptionError
+from onnxc.graph import Model
 from onnxc.runtime import Runtime, run, session
+from onnxc.stages import open_stages
 
 Feed = dict[str, NDArray[Any]]
 
@@ -71,7 +73,7 @@ def speedup(reference: Latency, candidate: Latency) -> Ratio:
 
 
 def time_interleaved(
-    models: Mapping[str, bytes | str | Path],
+    models: Mapping[str, Model | bytes | str | Path],
     feeds: Feed | Sequence[Feed],
     runtime: Runtime = Runtime(),
     repeats: int = 40,
@@ -85,12 +87,18 @@ def time_interleaved(
     if repeats < 1 or not models:
         raise OptionError("timing needs at least one model and one round")
     several = [feeds] if isinstance(feeds, dict) else list(feeds)
-    sessions = {name: session(model, runtime) for name, model in models.items()}
+    sessions = {name: _open(model, runtime) for name, model in models.items()}
     for feed in itertools.islice(itertools.cycle(several), WARM_UP):
         for opened in sessions.values():
             run(opened, feed)
     rounds = list(_rounds(list(sessions.values()), several, repeats, min_time))
     return {name: Latency.of([r[i] for r in rounds]) for i, name in enumerate(sessions)}
+
+
+def _open(model: Model | bytes | str | Path, runtime: Runtime) -> ort.InferenceSession:
+    if isinstance(model, Model):
+        return open_stages(model, None, runtime).opened()
+    return session(model, runtime)
 
 
 def _rounds(

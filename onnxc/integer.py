@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxc.core import Context, Skip
-from onnxc.graph import constant, fresh, values
+from onnxc.graph import fresh, store, values
 from onnxc.numerics import fixed
 from onnxc.numerics.affine import Array, Grid, dequantize, quantize, weight_scales
 from onnxc.ops import groups, is_constant, knowledge, weight_of
@@ -80,7 +80,7 @@ def round_weights(
             scale = scales(array, axis, grid, pow2)
             on_grid = dequantize(quantize(array, scale, 0, grid, axis), scale, 0, axis)
             name = fresh(graph, f"{weight.name}_rounded")
-            rounded[id(weight), axis] = constant(name, on_grid.astype(array.dtype))
+            rounded[id(weight), axis] = store(graph, name, on_grid.astype(array.dtype))
         node.inputs[knowledge(node).weight] = rounded[id(weight), axis]
 
 

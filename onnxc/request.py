@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
+from onnxc import graph
 from onnxc import recipe as recipes
 from onnxc.cost import external_files, file_bytes
+from onnxc.cuts import BASE
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.fidelity import check_labels
-from onnxc.graph import Model, load
+from onnxc.graph import Model, bound, load
 from onnxc.paths import check_output, default_output, existing
 from onnxc.pipeline import Calibration
 from onnxc.quantization import THREADS, QuantizeSettings, check_input, split
 from onnxc.recipe import Recipe
 from onnxc.runtime import LEVELS, Runtime, dtype_of, provider_name, run, session
 from onnxc.selectors import Selector
+from onnxc.stages import open_stages
 from onnxc.targets import Target
 from onnxc.targets import choose as choose_target
 
@@ -30,6 +33,7 @@ ModelPath = str | Path
 Progress = Callable[[str], None]
 
 LEAST_MEMORY = 400_000_000  # bytes of the process during calibration, where none are asked for
+HELD_COPIES = 5  # of a file, at most, that one session takes: 8-bit weights become float
 FILE_COPIES = 6  # or this many times the model, for large ones
 FEEDS = 8  # made-up samples for a comparison or a benchmark
 MADE_UP = 16  # those for a calibration
@@ -88,12 +92,12 @@ def checked(
     val = val if val is not None else given.calibration.val
     place = check_output(output or default_output(path, settings.bits), path, source, val)
     say("loading")
-    opened = load(path)
+    memory = given.calibration.max_memory or enough_memory(path)
+    opened = bound(load(path), memory)
     check_output(place, *external_files(path))
     check_input(opened, str(path))
     only = given.only.resolve(opened.graph)
     kept, judge, validation = _samples(path, source, val, given, runtime)
-    memory = given.calibration.max_memory or enough_memory(path)
     exact = replace(
         given, target=row.name, calibration=replace(given.calibration, max_memory=memory)
     )
@@ -102,8 +106,17 @@ def checked(
 
 
 def enough_memory(model: Path) -> int:
-    """Bytes that the process may take during calibration, where none are asked for."""
-    return max(LEAST_MEMORY, FILE_COPIES * file_bytes(model))
+    """Bytes that the process may take, where none are asked for; a big model is never held whole."""
+    size = file_bytes(model)
+    return graph.enough_memory(size) or max(LEAST_MEMORY, FILE_COPIES * size)
+
+
+def subject(path: Path, memory: int | None = None) -> Path | Model:
+    """What is run in so much memory: the file, or the model that is to be run in stages."""
+    memory = memory or enough_memory(path)
+    if BASE + HELD_COPIES * file_bytes(path) <= memory:
+        return path
+    return bound(load(path), memory)
 
 
 def _samples(
@@ -111,28 +124,30 @@ def _samples(
 ) -> tuple[Dataset, Dataset, Dataset | None]:
     """Samples to calibrate on, to choose by and to validate with; the model was run on some."""
     specs, seed = input_specs(path), recipe.seed
+    memory = recipe.calibration.max_memory
     images, count = recipe.calibration.preprocess, recipe.calibration.samples
     if source is None:
         kept = synthesize(specs, count or MADE_UP, seed)
         held = synthesize(specs, count or MADE_UP, seed + 1)
-        try_out(path, kept, runtime)
+        try_out(path, kept, runtime, memory)
     else:
         samples = open_data(source, specs, images, count, seed)
-        try_out(path, samples, runtime)
+        try_out(path, samples, runtime, memory)
         kept, held = split(samples)
     if val is None:
         return kept, held, None
     validation = open_data(val, specs, images, None, seed)
-    try_out(path, validation, runtime)
+    try_out(path, validation, runtime, memory)
     return kept, held, validation
 
 
-def try_out(path: Path, dataset: Dataset, runtime: Runtime) -> None:
+def try_out(path: Path, dataset: Dataset, runtime: Runtime, memory: int | None = None) -> None:
     """Run the model once, so that data which do not fit it are told before the long work."""
     feed = next(iter(dataset.batches(1)))
     with naming(path):
+        model = subject(path, memory)
         try:
-            outputs = run(session(path, runtime), feed)
+            outputs = _run_once(model, feed, runtime)
         except ModelError as error:
             expected = "; ".join(spec.expects for spec in dataset.inputs)
             raise DataError(f"{path} does not run on the data: {error} ({expected})") from error
@@ -140,10 +155,16 @@ def try_out(path: Path, dataset: Dataset, runtime: Runtime) -> None:
         check_labels(dataset.labels, outputs)
 
 
+def _run_once(model: Path | Model, feed: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
+    if isinstance(model, Model):
+        return open_stages(model, feed, replace(runtime, packs=False)).once(feed)
+    return run(session(model, runtime), feed)
+
+
 def input_specs(model: Path) -> list[InputSpec]:
     """What a model takes. Raises ModelError, naming the file, when that is not only tensors."""
     with naming(model):
-        ports = session(model, Runtime(level="none")).get_inputs()
+        ports = session(model, Runtime(level="none", packs=False)).get_inputs()
     specs = []
     for port in ports:
         dtype = dtype_of(port.type)
