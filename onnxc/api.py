@@ -25,6 +25,7 @@ from onnxc.cost import FLOATS, external_files, file_bytes, inspect, type_name
 from onnxc.errors import OptionError
 from onnxc.graph import Model, bound, load, save
 from onnxc.graph import size as model_size
+from onnxc.pairs import excess
 from onnxc.paths import check_folder, check_output, existing
 from onnxc.quantization import (
     Attempt,
@@ -52,7 +53,7 @@ from onnxc.request import (
     try_out,
 )
 from onnxc.runtime import Runtime
-from onnxc.search import excess, untimed
+from onnxc.search import untimed
 from onnxc.shapes import infer
 from onnxc.vectors import write_vectors
 
@@ -222,13 +223,14 @@ def validate(
     folder = None if save_vectors is None else check_folder(Path(save_vectors))
     check_same_inputs(first, second)
     dataset = open_feeds(first, data, preprocess, samples, seed)
-    memory = max_memory or max(map(enough_memory, (first, second)))
+    memory = max_memory or enough_memory(max(first, second, key=file_bytes))
     for path in (first, second):
         try_out(path, dataset, runtime, memory)
     pair = [subject(path, memory) for path in (first, second)]
     say("comparing")
     with naming(second):
-        comparison = compare(*pair, dataset, runtime, progress=_counting(say, "comparing"))
+        counting = _counting(say, "comparing")
+        comparison = compare(pair[0], pair[1], dataset, runtime, progress=counting)
     say("timing")
     feeds = list(islice(dataset.batches(1), FEEDS))
     needed, times = excess(pair, feeds[0]), dict[str, Latency]()

@@ -85,9 +85,9 @@ class Boundary:
         """Type of what crosses: as declared, else as seen, of any size."""
         if declared is not None and declared.type.tensor_type.HasField("shape"):
             return declared
-        seen = next(
-            iter((*self.near.get(name, {}).values(), *self.far.get(name, {}).values())), None
-        )
+        near, far = self.near.get(name, {}).values(), self.far.get(name, {}).values()
+        seen: Array | Place | None = next(iter(near), None)
+        seen = next(iter(far), None) if seen is None else seen
         if seen is None:
             return declared or ValueInfoProto(name=name)
         element = onnx.helper.np_dtype_to_tensor_dtype(seen.dtype)

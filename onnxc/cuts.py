@@ -3,10 +3,11 @@
 What a stage of weights w takes, with f the tensors that follow from its constants alone (a weight
 that is stored in integers and made float again), is
 
-    w + Σ f        where the session folds them, once, when it is opened,
-    w + f of those that other nodes read        where it computes them in every run,
+    w + Σ f + max f        where the session folds them, once, when it is opened,
+    w + those f that other nodes read        where it computes them in every run,
 
-and the second is for a stage that does not fit otherwise. Like a weight, f belongs to no stage: it
+and the second is for a stage that does not fit otherwise; weights that an operator keeps a packed
+copy of beside the mapped one count twice. Like a weight, f belongs to no stage: it
 is made in each one that reads it. No cut crosses a tensor that NumPy cannot hold (a sequence, a
 string). A weight larger than the memory allowed is in a stage of its own. The plan depends on
 shapes alone.
@@ -26,10 +27,11 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 from onnxc import weights
 from onnxc.normal import nested_reads
 
-BASE = 170 << 20  # bytes of Python with the libraries, before any model
-SPARE = 24 << 20  # and what ONNX Runtime and the allocator take besides
+BASE = 180 << 20  # bytes of Python with the libraries, before any model
+SPARE = 48 << 20  # and what ONNX Runtime and the allocator take besides
 LIGHT = 1 << 20  # bytes of weights that no cut is made for
 ARENA = 1.5  # bytes that ONNX Runtime's arena takes for a byte of activations
+PACKED = frozenset(("MatMulNBits",))  # operators that keep both, and that need the packed one
 RANDOM = ("Random", "Multinomial", "Bernoulli", "Dropout")
 CROSSING = frozenset(  # element types that may cross from one stage to the next
     (
@@ -48,6 +50,7 @@ class Stage:
 
     gives: what later stages read. outputs: what was asked for. bytes: that it takes, but for
     activations. folds: whether the session computes what follows from constants when it opens.
+    packs: whether an operator needs its weights packed, even for a single run.
     """
 
     nodes: tuple[int, ...]
@@ -56,6 +59,7 @@ class Stage:
     outputs: tuple[str, ...]
     bytes: int
     folds: bool = True
+    packs: bool = False
 
 
 def plan(facts: Facts, memory: int | None, taps: int = 0) -> tuple[Stage, ...]:
@@ -76,10 +80,11 @@ class Facts:
         self.nodes, self.outputs = proto.graph.node, tuple(outputs)
         self.ports = {value.name for value in proto.graph.input}
         self.reads = [nested_reads(node) for node in self.nodes]
-        self.stored = {t.name: weights.stored_bytes(t) for t in proto.graph.initializer}
+        self.stored = {t.name: _stored(t) for t in proto.graph.initializer}
         self.maker = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self.types = _types(proto, feed)
         self.sizes = {n: size for n, v in self.types.items() if (size := _bytes(v))}
+        self.twice: set[str] = set()
         self.needed = self._needed()
         self.fixed = self._fixed()
         self.order = [i for i in self.needed if i not in self.fixed]
@@ -126,12 +131,15 @@ class Facts:
         """The weights and the fixed nodes that a node needs."""
         fixed = self._closure(self.reads[index])
         read = self.reads[index].union(*(self.reads[i] for i in fixed))
+        if self.nodes[index].op_type in PACKED:
+            self.twice |= read & self.stored.keys()
         return {name for name in read if name in self.stored}, fixed
 
     def cost(self, stored: Iterable[str], fixed: Iterable[int]) -> int:
         """Bytes of weights, and of what a session folds them into."""
-        made = (name for i in fixed for name in self.nodes[i].output)
-        return sum(self.stored[n] for n in stored) + sum(self.sizes.get(n, 0) for n in made)
+        made = [self.sizes.get(name, 0) for i in fixed for name in self.nodes[i].output]
+        kept = sum(self.stored[n] * (1 + (n in self.twice)) for n in stored)
+        return kept + sum(made) + max(made, default=0)
 
     def live(self) -> int:
         """Largest sum of activations that are alive at once."""
@@ -187,7 +195,8 @@ class Facts:
         first = {n for n in self.outputs if n not in self.birth} if not start else set()
         outputs = tuple(n for n in self.outputs if n in own or n in first)
         folds = room is None or size <= room
-        return Stage(tuple(nodes), tuple(reads), tuple(gives), outputs, size, folds)
+        packs = any(self.nodes[i].op_type in PACKED for i in nodes)
+        return Stage(tuple(nodes), tuple(reads), tuple(gives), outputs, size, folds, packs)
 
 
 def _cuts(facts: Facts, room: int) -> list[int]:
@@ -256,4 +265,9 @@ def _bytes(value: ValueInfoProto) -> int:
     if not all(d.HasField("dim_value") for d in dims):
         return 0
     stand_in = TensorProto(data_type=kind.elem_type, dims=[d.dim_value for d in dims])
-    return 0 if kind.elem_type == TensorProto.STRING else weights.stored_bytes(stand_in)
+    return _stored(stand_in)
+
+
+def _stored(tensor: TensorProto) -> int:
+    """Bytes of a tensor in a file; texts count as none."""
+    return 0 if tensor.data_type == TensorProto.STRING else weights.stored_bytes(tensor)

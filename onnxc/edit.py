@@ -99,7 +99,7 @@ def spill(graph: gs.Graph, scratch: weights.Scratch) -> None:
 
 
 def is_spilling(graph: gs.Graph) -> bool:
-    """Whether a graph's weights do not fit in memory, so that they are to be worked on one by one."""
+    """Whether a graph does not fit in memory, so that its weights are worked on one by one."""
     return "_scratch" in graph.__dict__
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import onnx
 
 from onnxc.boundary import Boundary
+from onnxc.cuts import BASE
 from onnxc.graph import Model, read, skeleton
 from onnxc.runtime import Runtime, session
 from onnxc.stages import open_stages
@@ -111,7 +112,8 @@ def _optimized(model: Model | bytes | Path, runtime: Runtime) -> Iterator[onnx.G
             session(model, runtime, dump)
             yield onnx.load(dump, load_external_data=False).graph
             return
-        staged = open_stages(model, None, runtime)
+        taps = max((model.memory or 0) - BASE, 0) // 3  # what writing it takes besides
+        staged = open_stages(model, None, runtime, taps=taps)
         for stage in staged.stages:
             staged.session(stage, Boundary(), dump)
             yield onnx.load(dump, load_external_data=False).graph
@@ -156,7 +158,7 @@ def _reason(node: onnx.NodeProto, scope: _Scope) -> str:
     kind = node.op_type
     dequantized = [scope.makes(name) == "DequantizeLinear" for name in node.input[:2]]
     weight = node.input[1]
-    is_constant = weight in scope.constants or _is_stored(weight, scope)
+    is_constant = _is_fixed(weight, scope) or _is_stored(weight, scope)
     if scope.where and not any(dequantized):
         return f"inside the {scope.where}, and nested bodies stay float"
     if kind in RECURRENT:
@@ -193,6 +195,16 @@ def _misfit(node: onnx.NodeProto, scope: _Scope) -> str:
 def _is_per_axis(border: onnx.NodeProto, scope: _Scope) -> bool:
     scale = scope.constants.get(border.input[1])
     return scale is not None and prod(scale.dims) > 1
+
+
+def _is_fixed(name: str, scope: _Scope) -> bool:
+    """Whether a tensor is a constant, or follows from constants alone, Q/DQ aside."""
+    if name in scope.constants:
+        return True
+    maker = scope.maker.get(name)
+    if maker is None or not maker.input or maker.op_type == "DequantizeLinear":
+        return False
+    return all(_is_fixed(given, scope) for given in maker.input if given)
 
 
 def _is_stored(name: str, scope: _Scope) -> bool:

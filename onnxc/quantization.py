@@ -20,6 +20,7 @@ from onnxc.core import Change, Context, Pass, Skip
 from onnxc.cost import quantized_as
 from onnxc.errors import ModelError, OptionError
 from onnxc.graph import Model, copy, opset, unfinite
+from onnxc.pairs import excess
 from onnxc.pipeline import Calibration, Progress, Step, prepare
 from onnxc.runtime import Runtime
 from onnxc.selectors import Selector
@@ -196,7 +197,7 @@ def quantize_model(
         comparison = compare(original, chosen.model, validation, runtime)
     changes, skips = tried.results(chosen.name)
     steps = (*tried.prepared, *chosen.steps)
-    needed = search.excess([original, chosen.model], feed)
+    needed = excess([original, chosen.model], feed)
     untimed = (search.untimed(needed, model.memory),) if needed else ()
     failed = tuple(f"{s.name} was undone: {p}" for s in steps for p in s.problems)
     return Quantized(

@@ -18,7 +18,7 @@ from onnxc.cost import external_files, file_bytes
 from onnxc.cuts import BASE
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.fidelity import check_labels
-from onnxc.graph import Model, bound, load
+from onnxc.graph import OUTLINED, Model, bound, load
 from onnxc.paths import check_output, default_output, existing
 from onnxc.pipeline import Calibration
 from onnxc.quantization import THREADS, QuantizeSettings, check_input, split
@@ -106,7 +106,7 @@ def checked(
 
 
 def enough_memory(model: Path) -> int:
-    """Bytes that the process may take, where none are asked for; a big model is never held whole."""
+    """Bytes that the process may take, where none are asked for; never those of a big model."""
     size = file_bytes(model)
     return graph.enough_memory(size) or max(LEAST_MEMORY, FILE_COPIES * size)
 
@@ -164,7 +164,7 @@ def _run_once(model: Path | Model, feed: dict[str, Any], runtime: Runtime) -> di
 def input_specs(model: Path) -> list[InputSpec]:
     """What a model takes. Raises ModelError, naming the file, when that is not only tensors."""
     with naming(model):
-        ports = session(model, Runtime(level="none", packs=False)).get_inputs()
+        ports = _mapped(model).get_inputs()
     specs = []
     for port in ports:
         dtype = dtype_of(port.type)
@@ -172,6 +172,14 @@ def input_specs(model: Path) -> list[InputSpec]:
             raise ModelError(f"{model}: input {port.name!r} is {port.type}, which cannot be fed")
         specs.append(InputSpec(port.name, dtype, tuple(port.shape)))
     return specs
+
+
+def _mapped(model: Path) -> Any:
+    """A session that reads no weights, if it can be."""
+    runtime = Runtime(level="none", packs=False)
+    if model.stat().st_size < OUTLINED:
+        return session(model, runtime)
+    return open_stages(load(model), None, runtime).opened()
 
 
 def silent(text: str) -> None:

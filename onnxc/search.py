@@ -7,15 +7,14 @@
     fixed         static with scales that are powers of two
 
 Each candidate is built, run on held-out samples and timed in turn with the float model. Of those
-whose output keeps FLOOR dB, the fastest wins; within TIE of it, the more exact one. Models that memory
-does not hold together are not timed; then the smallest wins.
+whose output keeps FLOOR dB, the fastest wins; within TIE of it, the more exact one. Models that
+memory does not hold together are not timed; then the smallest wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from calib.data import Dataset
@@ -23,15 +22,14 @@ from onnxc.bench import Latency, Ratio, speedup, time_interleaved
 from onnxc.check import Comparison, compare
 from onnxc.core import Context, Pass
 from onnxc.cost import free_dimensions, heavy_nodes
-from onnxc.cuts import BASE
 from onnxc.graph import Model, copy, to_bytes
 from onnxc.graph import size as file_size
 from onnxc.integer import weighted_nodes
 from onnxc.islands import suspects
 from onnxc.ops import knowledge
+from onnxc.pairs import Subject, excess
 from onnxc.pipeline import Calibration, Progress, Step, compress
 from onnxc.runtime import Runtime
-from onnxc.stages import open_stages
 from passes.correct_bias import CorrectBias
 from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
@@ -63,7 +61,7 @@ FALLBACK: dict[str, tuple[Pass, ...]] = {  # never slower
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate as built and measured. size: bytes of its file. ratio: float latency over its own.
+    """A candidate as built and measured. size: bytes of its file. ratio: float over own latency.
 
     latency and ratio are None where the models do not fit in memory together.
     """
@@ -233,14 +231,14 @@ def trials(
     return found, next((before for before, _ in times.values()), None)
 
 
-def _subject(model: Model) -> Model | bytes:
+def _subject(model: Model) -> Subject:
     """What is opened again and again: bytes where they are not many."""
     return to_bytes(model) if model.scratch is None else model
 
 
 def _times(
-    original: Model | bytes,
-    candidates: Mapping[str, Model | bytes],
+    original: Subject,
+    candidates: Mapping[str, Subject],
     heldout: Dataset,
     runtime: Runtime,
     repeats: int,
@@ -255,19 +253,12 @@ def _times(
         groups = [{name: model} for name, model in candidates.items()]
     if any(excess([original, *group.values()], feeds[0]) for group in groups):
         return {}
-    found = {}
+    found: dict[str, tuple[Latency, Latency]] = {}
     for group in groups:
         models = {"float": original, **group}
         times = time_interleaved(models, feeds, runtime, repeats, min_time=TIMING)
         found |= {name: (times["float"], times[name]) for name in group}
     return found
-
-
-def excess(models: Sequence[Model | Path | bytes], feed: Mapping[str, Any]) -> int:
-    """Bytes that sessions of all these models take, where that is more than they may; else 0."""
-    bounded = [m for m in models if isinstance(m, Model) and m.scratch is not None]
-    needed = BASE + sum(open_stages(model, feed).bytes - BASE for model in bounded)
-    return needed if bounded and needed > min(m.memory or 0 for m in bounded) else 0
 
 
 def untimed(needed: int, memory: int | None) -> str:

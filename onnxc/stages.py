@@ -3,7 +3,7 @@
 The nodes, in order, are cut into consecutive **stages** (`onnxc.cuts`). A stage is opened, run over
 all batches, and closed; tensors that a later stage reads are its **boundary**, kept by batch in
 memory while they are few, else in a temporary file. So each weight is read once a pass over the
-data, and memory holds one stage, the activations of one batch, and nothing that grows with the data.
+data, and memory holds one stage and the activations of one batch: nothing grows with the data.
 
 Weights stay in their files: ONNX Runtime maps them, and forgets each one as it packs it. A model
 that fits is one stage.
@@ -138,17 +138,19 @@ class Staged:
         """A stage, opened; `dump`: also write the optimized graph there."""
         proto = self._part(stage, boundary)
         root = weights.refer(proto.graph, self.source.held, self.source.scratch)
-        runtime = replace(self.runtime, folds=stage.folds)
+        packs = self.runtime.packs or stage.packs
+        runtime = replace(self.runtime, folds=stage.folds, packs=packs)
         return session(proto.SerializeToString(), runtime, dump, root)
 
     def _part(self, stage: Stage, boundary: Boundary) -> ModelProto:
         """The part of the model that a stage is, with types for what comes in."""
-        whole = self.source.proto
+        whole, part = self.source.proto, ModelProto()
         if len(stage.nodes) == len(whole.graph.node) and [*stage.outputs] == [
             v.name for v in whole.graph.output
         ]:
-            return ModelProto.FromString(whole.SerializeToString())
-        part = ModelProto(ir_version=whole.ir_version)
+            part.CopyFrom(whole)
+            return part
+        part.ir_version = whole.ir_version
         part.opset_import.extend(whole.opset_import)
         part.functions.extend(whole.functions)
         part.graph.name = whole.graph.name or "stage"

@@ -25,7 +25,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxc.errors import ModelError
 
-LARGE = 1 << 20  # bytes from which on a value of a big model goes to disk
+LARGE = 1 << 17  # bytes from which on a value of a big model goes to disk
 PIECE = 8 << 20  # bytes that are read at once
 KEEP = 1024  # bytes: tensors up to this size stay in a skeleton, for shape inference
 _MARK = "onnxc:"

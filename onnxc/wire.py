@@ -65,10 +65,11 @@ def _weight(file: BinaryIO, weight: Field, location: str) -> bytes:
             data = field
         else:
             parts.append(_bytes(file, field))
-    tensor = onnx.TensorProto.FromString(b"".join(parts))
+    tensor = onnx.TensorProto()
+    tensor.ParseFromString(b"".join(parts))
     if data is not None:
         weights.refer_to(tensor, location, data.inside, data.stop - data.inside)
-    content = tensor.SerializeToString()
+    content: bytes = tensor.SerializeToString()
     return _key(INITIALIZER, len(content)) + content
 
 
@@ -107,7 +108,7 @@ def _read_varint(file: BinaryIO) -> int:
 
 
 def write(proto: onnx.ModelProto, held: list[Values], file: BinaryIO) -> None:
-    """Write a skeleton as a whole model, one weight at a time: the bytes that `weights.fill` gives."""
+    """Write a skeleton as a whole model, the bytes that `fill` gives, one weight at a time."""
     weights.fill_bodies(proto.graph, held)
     before, behind = _parted(proto.graph, INITIALIZER)
     parts = [_headed(tensor, held) for tensor in proto.graph.initializer]
