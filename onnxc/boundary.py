@@ -82,16 +82,19 @@ class Boundary:
                 self._file(name).unlink()
 
     def type_of(self, name: str, declared: ValueInfoProto | None) -> ValueInfoProto:
-        """Type of what crosses: as declared, else as seen, of any size."""
-        if declared is not None and declared.type.tensor_type.HasField("shape"):
-            return declared
+        """Type of what crosses: as seen, with the sizes that are declared and were not refuted."""
         near, far = self.near.get(name, {}).values(), self.far.get(name, {}).values()
         seen: Array | Place | None = next(iter(near), None)
         seen = next(iter(far), None) if seen is None else seen
         if seen is None:
             return declared or ValueInfoProto(name=name)
+        sizes: list[int | str | None] = [None] * len(seen.shape)
+        dims = declared.type.tensor_type.shape.dim if declared is not None else ()
+        if len(dims) == len(seen.shape):
+            pairs = zip(dims, seen.shape, strict=True)
+            sizes = [d.dim_value if d.dim_value == n else d.dim_param or None for d, n in pairs]
         element = onnx.helper.np_dtype_to_tensor_dtype(seen.dtype)
-        return onnx.helper.make_tensor_value_info(name, element, [None] * len(seen.shape))
+        return onnx.helper.make_tensor_value_info(name, element, sizes)
 
     def _file(self, name: str) -> Path:
         return Path(self.folder.name) / str(self.numbers.setdefault(name, len(self.numbers)))

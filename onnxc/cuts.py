@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from onnxc import weights
-from onnxc.normal import nested_reads
+from onnxc.normal import graphs, nested_reads
 
 BASE = 180 << 20  # bytes of Python with the libraries, before any model
 SPARE = 48 << 20  # and what ONNX Runtime and the allocator take besides
@@ -84,6 +84,10 @@ class Facts:
         self.maker = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self.types = _types(proto, feed)
         self.sizes = {n: size for n, v in self.types.items() if (size := _bytes(v))}
+        for index, node in enumerate(self.nodes):
+            bodies = [g for a in node.attribute if a.HasField("g") for _, g in graphs(a.g)]
+            if bodies:
+                self.stored[_inside(index)] = sum(_stored(t) for g in bodies for t in g.initializer)
         self.twice: set[str] = set()
         self.needed = self._needed()
         self.fixed = self._fixed()
@@ -133,7 +137,7 @@ class Facts:
         read = self.reads[index].union(*(self.reads[i] for i in fixed))
         if self.nodes[index].op_type in PACKED:
             self.twice |= read & self.stored.keys()
-        return {name for name in read if name in self.stored}, fixed
+        return {n for n in (*read, _inside(index)) if n in self.stored}, fixed
 
     def cost(self, stored: Iterable[str], fixed: Iterable[int]) -> int:
         """Bytes of weights, and of what a session folds them into."""
@@ -151,10 +155,8 @@ class Facts:
 
     def whole(self) -> int:
         """Bytes that a process takes with the model in one session."""
-        constants = [self.constants(index) for index in self.order]
-        stored = set().union(*(names for names, _ in constants))
-        fixed = self.always.union(*(nodes for _, nodes in constants))
-        return BASE + self.cost(stored, fixed) + int(ARENA * self.live())
+        stored, fixed = _union(map(self.constants, self.order))
+        return BASE + self.cost(stored, fixed | self.always) + int(ARENA * self.live())
 
     def leaving(self) -> int:
         """Bytes of the outputs of one batch."""
@@ -175,12 +177,8 @@ class Facts:
     def stages(self, cuts: Sequence[int], room: int | None = None) -> Iterator[Stage]:
         """Stages of the order between cuts."""
         for start, stop in pairwise((0, *cuts, len(self.order))):
-            fixed = set() if start else set(self.always)
-            stored: set[str] = set()
-            for index in self.order[start:stop]:
-                more = self.constants(index)
-                stored |= more[0]
-                fixed |= more[1]
+            stored, fixed = _union(map(self.constants, self.order[start:stop]))
+            fixed |= set() if start else self.always
             yield self._stage(start, stop, fixed, self.cost(stored, fixed), room)
 
     def _stage(self, start: int, stop: int, fixed: set[int], size: int, room: int | None) -> Stage:
@@ -206,20 +204,30 @@ def _cuts(facts: Facts, room: int) -> list[int]:
     of note: of these places, which cost the same, to the one that the fewest bytes cross.
     """
     cuts: list[int] = []
-    stored, fixed, size = set[str](), set(facts.always), 0
-    start, heaviest = 0, -1
-    for position, index in enumerate(facts.order):
-        more = facts.constants(index)
-        grown = facts.cost(stored | more[0], fixed | more[1])
-        if size + LIGHT < grown > room and heaviest >= start:
-            cut = _best_cut(facts, range(heaviest + 1, position + 1))
+    start, heavy, mark = 0, 0, 0  # the last node of note, and the bytes of the stage up to it
+    needs = [facts.constants(index) for index in facts.order]
+    stored, fixed = set[str](), set(facts.always)
+    for position, more in enumerate(needs):
+        size = facts.cost(stored | more[0], fixed | more[1])
+        if room < size > mark + LIGHT and position > start:
+            cut = _best_cut(facts, range(heavy + 1, position + 1))
             if cut is not None:
                 cuts.append(cut)
-                start, stored, fixed, grown = cut, set(), set(), facts.cost(*more)
-        if grown > size + LIGHT or start == position:
-            heaviest = position
-        stored, fixed, size = stored | more[0], fixed | more[1], grown
+                start, mark, stored, fixed = cut, -LIGHT - 1, set(), set()
+                more = _union(needs[cut : position + 1])
+                size = facts.cost(*more)
+        if size > mark + LIGHT:
+            heavy, mark = position, size
+        stored, fixed = stored | more[0], fixed | more[1]
     return cuts
+
+
+def _union(needs: Iterable[tuple[set[str], set[int]]]) -> tuple[set[str], set[int]]:
+    stored, fixed = set[str](), set[int]()
+    for more in needs:
+        stored |= more[0]
+        fixed |= more[1]
+    return stored, fixed
 
 
 def _best_cut(facts: Facts, positions: Iterable[int]) -> int | None:
@@ -266,6 +274,11 @@ def _bytes(value: ValueInfoProto) -> int:
         return 0
     stand_in = TensorProto(data_type=kind.elem_type, dims=[d.dim_value for d in dims])
     return _stored(stand_in)
+
+
+def _inside(index: int) -> str:
+    """A name for all weights in the bodies of a node."""
+    return f"bodies of node {index}"
 
 
 def _stored(tensor: TensorProto) -> int:

@@ -82,7 +82,6 @@ class Staged:
         self.runtime = runtime if self.is_whole else replace(runtime, lean=True)
         graph = source.proto.graph
         self.known = {v.name: v for v in (*graph.value_info, *graph.output)}
-        self.types = {n: v for n, v in facts.types.items() if n not in self.known} | self.known
 
     @property
     def is_whole(self) -> bool:
@@ -159,7 +158,10 @@ class Staged:
         part.graph.initializer.extend(t for t in whole.graph.initializer if t.name in named)
         ports = {value.name: value for value in whole.graph.input}
         for name in stage.reads:
-            part.graph.input.append(ports.get(name) or boundary.type_of(name, self.types.get(name)))
+            declared = self.known.get(name)
+            if name not in boundary:  # it is only looked at, not run
+                declared = declared or self.facts.types.get(name)
+            part.graph.input.append(ports.get(name) or boundary.type_of(name, declared))
         leaving = dict.fromkeys((*stage.gives, *stage.outputs))
         made = {n for node in part.graph.node for n in node.output} - leaving.keys()
         part.graph.value_info.extend(v for v in whole.graph.value_info if v.name in made)

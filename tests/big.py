@@ -38,6 +38,7 @@ class Shape:
 
 
 SMALL = Shape(width=64, layers=3, vocabulary=300, heads=4)
+FAIR = Shape(width=512, layers=6, vocabulary=4_000)  # 92 MB
 MEDIUM = Shape(width=768, layers=9, vocabulary=7_000)  # 298 MB
 LARGE = Shape(width=1536, layers=18, vocabulary=22_000)  # 2.17 GiB
 
