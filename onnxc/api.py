@@ -251,7 +251,7 @@ def validate(
     )
     if folder is not None:
         say("writing vectors")
-        write_vectors(first, second, dataset, folder, runtime)
+        write_vectors(pair[0], second, dataset, folder, runtime)
     return found
 
 

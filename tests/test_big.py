@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,28 @@ def test_300_megabytes_in_a_quarter(medium: Path) -> None:
     )
     assert peak < bound
     assert found["tensors"] > 250
+
+
+def test_a_signal_leaves_no_temporary_files(medium: Path) -> None:
+    folder, temporary = medium.parent, medium.parent / "stopped"
+    temporary.mkdir()
+    arguments = ("quantize", str(medium), "--data", str(folder / "tokens.npy"))
+    arguments += ("--format", "weight-only", "-o", str(folder / "stopped.onnx"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onnxc", *arguments, "--max-memory", "263MB"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while not any(temporary.glob("onnxc-*/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)  # until weights or tensors between stages are on disk
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[1] == "Interrupted; no partial file was left.\n"
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(temporary.glob("onnxc-*"))
+    assert not list(folder.glob("stopped.onnx*"))
 
 
 def test_what_fits_is_timed(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from big import SMALL, generate
 from conftest import Parse
+from quantizing import dataset
 
+from calib.twin import drift
 from onnxc import cuts, graph, stages, weights
 from onnxc.boundary import Boundary
 from onnxc.graph import Model, load
@@ -208,3 +210,25 @@ def test_an_outline_is_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     one.write_bytes(one.read_bytes()[:-100])
     with pytest.raises(graph.ModelError, match="not an ONNX model, or a truncated one"):
         load(one)
+
+
+GEMMS = """g (float[N, 256] x) => (float[N, 256] y) {
+    a = Gemm(x, w, b) c = Relu(a) d = Gemm(c, v, b) e = Relu(d) y = Gemm(e, u, b) }"""
+
+
+def test_drift_in_stages_is_that_of_the_whole(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "SMALL", 0)
+    b = np.linspace(-1, 1, 256, dtype=np.float32)
+    original = load(parse(GEMMS, w=W, v=W, u=W, b=b))
+    rounded = np.round(W * 32) / 32
+    current = load(parse(GEMMS, w=rounded, v=rounded, u=rounded, b=b))
+    data = dataset(original, {"x": X})
+    expected = drift(original, current, ["a", "d", "y"], data)
+    first, second = (graph.bound(model, cuts.BASE) for model in (original, current))
+    assert len(stages.open_stages(second, {"x": X}).stages) == 3
+    found = drift(first, second, ["a", "d", "y"], data, max_memory=cuts.BASE)
+    for name, values in expected.items():
+        assert np.abs(values).max() > 0
+        np.testing.assert_array_equal(found[name], values)
