@@ -306,8 +306,9 @@ def calibrate(
     """
     start, path = time.perf_counter(), existing(model)
     target = check_output(output, path, data)
+    opened = load(path)
     memory = max_memory or enough_memory(path)
-    opened = bound(load(path), memory)
+    opened = bound(opened, memory)
     check_output(target, *external_files(path))
     dataset = open_data(data, input_specs(path), preprocess, samples, seed)
     try_out(path, dataset, Runtime(), memory)

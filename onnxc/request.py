@@ -92,8 +92,9 @@ def checked(
     val = val if val is not None else given.calibration.val
     place = check_output(output or default_output(path, settings.bits), path, source, val)
     say("loading")
+    opened = load(path)
     memory = given.calibration.max_memory or enough_memory(path)
-    opened = bound(load(path), memory)
+    opened = bound(opened, memory)
     check_output(place, *external_files(path))
     check_input(opened, str(path))
     only = given.only.resolve(opened.graph)
