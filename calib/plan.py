@@ -86,7 +86,7 @@ def plan_runs(
     layouts = [tap.layouts(proto, feed) for proto in protos]
     run = _Run(protos, layouts, taps, keys, group or 1)
     fixed = BASE + WEIGHT_COPIES * sum(tap.weight_bytes(proto.graph) for proto in protos)
-    fixed += sum(_waiting(key, layouts[0]) for key in keys)
+    fixed += sum(waiting_bytes(key, layouts[0]) for key in keys)
     room = sys.maxsize if max_memory is None else max(max_memory - fixed, 0)
     blocks = blocks_within(keys, layouts[0], (room - run.least) // 2)
     held = 2 * sum(held_bytes(key, layouts[0], blocks.get(key)) for key in keys)
@@ -147,7 +147,7 @@ def held_bytes(key: Key, layouts: Layouts, block: int | None = None) -> int:
     return 2 * size if key.what == "cross" else size
 
 
-def _waiting(key: Key, layouts: Layouts) -> int:
+def waiting_bytes(key: Key, layouts: Layouts) -> int:
     """Bytes of the rows of a layer that wait to be multiplied."""
     if key.what not in MOMENTS or key.name not in layouts:
         return 0

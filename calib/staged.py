@@ -21,7 +21,7 @@ from calib.inputs import Feed, fixed_batch
 from calib.moments import MomentsObserver
 from calib.observe import Pool, Stats, empty, merged, observe, observing, rows_of
 from calib.observers import Streaming
-from calib.plan import LARGEST_BATCH, Plan, blocks_within, held_bytes, parts
+from calib.plan import LARGEST_BATCH, Plan, blocks_within, held_bytes, parts, waiting_bytes
 from onnxc.core import Key
 from onnxc.cuts import ARENA, BASE, Facts
 from onnxc.runtime import Runtime
@@ -69,6 +69,7 @@ def stage_work(
     layouts = _layouts(source, taps, next(iter(dataset.batches(1))))
     blocks = blocks_within(keys, layouts, (memory - BASE) // 3)
     held = 2 * sum(held_bytes(key, layouts, blocks.get(key)) for key in keys)
+    held += sum(waiting_bytes(key, layouts) for key in keys)
     while True:
         model, taken = _fitted(source, taps, dataset, size, memory - held, runtime)
         if not is_free or size == 1 or taken <= (memory - BASE) // 3:
