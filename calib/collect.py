@@ -21,10 +21,12 @@ from calib.inputs import fixed_batch
 from calib.moments import MomentsObserver
 from calib.observe import Stats, Work, merged, observe_part, observing, open_segment
 from calib.observers import OBSERVERS, HistogramObserver, Streaming
-from calib.plan import plan_runs
+from calib.plan import Plan, plan_runs
+from calib.staged import gather, stage_work
 from onnxc.core import Key
 from onnxc.errors import DataError, ModelError, OptionError
-from onnxc.graph import Model, skeleton, to_proto
+from onnxc.graph import Model, bound, skeleton, to_proto
+from onnxc.stages import Source
 
 Progress = Callable[[int, int], None]
 
@@ -75,10 +77,21 @@ def collect(
     DataError naming the tensor that holds NaN, ModelError when the model does not run.
     """
     wanted = sorted(set(keys), key=lambda key: (key.name, key.what, str(key)))
+    model = bound(model, max_memory or model.memory)
+    source = Source(*skeleton(model), model.scratch)
+    _add_differences(source.proto, wanted)
+    usable, notes = observable(source.proto, wanted)
+    direct = {i.name for i in source.proto.graph.input}
+    names = {k.name for k in usable} - direct
+    taps = [n for n in _in_order(source.proto) if n in names]
+    is_large = model.scratch is not None and taps
+    if is_large and not any(key.what == "cross" for key in usable):
+        memory = model.memory or 0
+        staged = stage_work(source, taps, usable, dataset, memory, batch, threads)
+        if staged is not None:
+            stats = gather(staged, _counting(staged.plan, dataset, progress))
+            return _collected(stats, direct, notes, staged.plan, len(dataset))
     protos = _protos(model, original, wanted)
-    usable, notes = observable(protos[0], wanted)
-    direct = {i.name for i in protos[0].graph.input}
-    taps = [n for n in _in_order(protos[0]) if n in {k.name for k in usable} and n not in direct]
     plan = plan_runs(protos, taps, usable, dataset, max_memory, batch)
     work = Work(protos, tuple(usable), plan, dataset, threads)
     try:
@@ -90,10 +103,15 @@ def collect(
         plan = plan_runs(protos, taps, usable, dataset, max_memory, 1)
         plan = replace(plan, notes=(*plan.notes, note))
         stats = _gather(replace(work, plan=plan), progress)
-    stats, infinite = _finite(stats, direct)
+    return _collected(stats, direct, notes, plan, len(dataset))
+
+
+def _collected(
+    stats: Stats, fed: Collection[str], notes: tuple[str, ...], plan: Plan, samples: int
+) -> Collected:
+    stats, infinite = _finite(stats, fed)
     notes = (*notes, *plan.notes, *infinite)
-    samples, segments = len(dataset), len(plan.segments)
-    shape = (samples, plan.batch, segments, plan.estimate)
+    shape = (samples, plan.batch, len(plan.segments), plan.estimate)
     return Collected(stats, notes, *shape, *resident(), _binned(stats), _share_of_rows(stats))
 
 
@@ -175,7 +193,19 @@ def _in_order(proto: ModelProto) -> list[str]:
 
 def _gather(work: Work, progress: Progress | None) -> Stats:
     """Run every segment over every part of the data, and merge in order."""
-    total = len(work.dataset) * len(work.plan.segments)
+    seen = _counting(work.plan, work.dataset, progress)
+    stats: Stats = {}
+    with observing(work.threads) as pool:
+        for segment in range(len(work.plan.segments)):
+            opened = open_segment(work, segment)
+            for part in work.plan.parts:
+                merged(stats, observe_part(work, segment, part, opened, pool, seen))
+    return stats
+
+
+def _counting(plan: Plan, dataset: Dataset, progress: Progress | None) -> Callable[[int], None]:
+    """A function that is told of samples run, and tells how many of all runs are done."""
+    total = len(dataset) * len(plan.segments)
     done = 0
 
     def seen(rows: int) -> None:
@@ -184,13 +214,7 @@ def _gather(work: Work, progress: Progress | None) -> Stats:
         if progress is not None:
             progress(min(done, total), total)
 
-    stats: Stats = {}
-    with observing(work.threads) as pool:
-        for segment in range(len(work.plan.segments)):
-            opened = open_segment(work, segment)
-            for part in work.plan.parts:
-                merged(stats, observe_part(work, segment, part, opened, pool, seen))
-    return stats
+    return seen
 
 
 def _finite(stats: Mapping[Key, Streaming], fed: Collection[str]) -> tuple[Stats, tuple[str, ...]]:

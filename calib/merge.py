@@ -17,16 +17,22 @@ from typing import Any
 
 from calib.observers import Streaming
 from calib.statistics import Statistics, load
+from onnxc import weights
 from onnxc.core import Key
 from onnxc.errors import OptionError
-from onnxc.graph import Model, to_bytes
+from onnxc.graph import Model, as_declared
 
 Named = tuple[str, Statistics]
 
 
 def digest(model: Model) -> str:
-    """sha256, in hex, of the model as a file."""
-    return hashlib.sha256(to_bytes(model)).hexdigest()
+    """sha256, in hex, of the graph and of its weights, wherever a file keeps them."""
+    proto, held = as_declared(model)
+    found = hashlib.sha256(proto.SerializeToString(deterministic=True))
+    for values in held:
+        for piece in weights.pieces(values):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def merge(files: Sequence[str | Path]) -> Statistics:

@@ -92,7 +92,7 @@ def observe_part(
     work: Work, segment: int, part: slice, opened: Opened, pool: Pool, seen: Seen | None = None
 ) -> Stats:
     """Statistics of one part of the samples, for the keys of one segment."""
-    stats = {key: _empty(key, work.plan.blocks) for key in work.keys_of(segment)}
+    stats = {key: empty(key, work.plan.blocks) for key in work.keys_of(segment)}
     by_name: dict[str, list[Streaming]] = {}
     for key, observer in stats.items():
         by_name.setdefault(key.name, []).append(observer)
@@ -120,7 +120,8 @@ def rows_of(feed: Feed, axes: Mapping[str, int | None]) -> int:
     return next((x.shape[a] for n, x in feed.items() if (a := axes[n]) is not None), 1)
 
 
-def _empty(key: Key, blocks: Mapping[Key, int]) -> Streaming:
+def empty(key: Key, blocks: Mapping[Key, int]) -> Streaming:
+    """A fresh observer; blocks: those of moments that are not kept whole."""
     observer = observer_of(key)
     if key in blocks and isinstance(observer, MomentsObserver):
         observer.block = blocks[key]
@@ -134,10 +135,20 @@ def _observe(
     rows: int,
     pool: Pool,
 ) -> None:
-    """One run; each tensor is given free as soon as its observers have seen it."""
     tensors = {name: feed[name] for name in feed if name in observers}
     originals = _run(opened.original, feed)
     tensors |= _run(opened.current, feed)
+    observe(tensors, originals, observers, rows, pool)
+
+
+def observe(
+    tensors: Feed,
+    originals: Feed,
+    observers: Mapping[str, Sequence[Streaming]],
+    rows: int,
+    pool: Pool,
+) -> None:
+    """What one run gave; each tensor is given free as soon as its observers have seen it."""
     waiting = deque(sorted(tensors, key=lambda name: -tensors[name].size))
 
     def see() -> None:

@@ -86,10 +86,10 @@ def plan_runs(
     layouts = [tap.layouts(proto, feed) for proto in protos]
     run = _Run(protos, layouts, taps, keys, group or 1)
     fixed = BASE + WEIGHT_COPIES * sum(tap.weight_bytes(proto.graph) for proto in protos)
-    fixed += sum(_waiting(key, layouts[0]) for key in keys)
+    fixed += sum(waiting_bytes(key, layouts[0]) for key in keys)
     room = sys.maxsize if max_memory is None else max(max_memory - fixed, 0)
-    blocks = _blocks(keys, layouts[0], (room - run.least) // 2)
-    held = 2 * sum(_bytes(key, layouts[0], blocks.get(key)) for key in keys)
+    blocks = blocks_within(keys, layouts[0], (room - run.least) // 2)
+    held = 2 * sum(held_bytes(key, layouts[0], blocks.get(key)) for key in keys)
     room = max(room - held, 0)
     fitting = min(CHUNK // max(run.tapped, 1), room // max(run.tapped + run.live, 1), LARGEST_BATCH)
     size = group or batch or max(min(fitting, len(dataset)), 1)
@@ -137,7 +137,7 @@ def parts(samples: int, batch: int) -> tuple[slice, ...]:
     return tuple(slice(a, b) for a, b in pairwise(edges))
 
 
-def _bytes(key: Key, layouts: Layouts, block: int | None = None) -> int:
+def held_bytes(key: Key, layouts: Layouts, block: int | None = None) -> int:
     """Bytes of a statistic."""
     if key.what == "histogram":
         return 8 * BINS
@@ -147,7 +147,7 @@ def _bytes(key: Key, layouts: Layouts, block: int | None = None) -> int:
     return 2 * size if key.what == "cross" else size
 
 
-def _waiting(key: Key, layouts: Layouts) -> int:
+def waiting_bytes(key: Key, layouts: Layouts) -> int:
     """Bytes of the rows of a layer that wait to be multiplied."""
     if key.what not in MOMENTS or key.name not in layouts:
         return 0
@@ -158,11 +158,11 @@ def _cut(key: Key) -> tuple[int, Window]:
     return (1 if key.axis is None else key.axis), key.window or Window()
 
 
-def _blocks(keys: Iterable[Key], layouts: Layouts, room: int) -> dict[Key, int]:
+def blocks_within(keys: Iterable[Key], layouts: Layouts, room: int) -> dict[Key, int]:
     """Columns of the blocks of the layers whose moments are too wide to be kept whole."""
     sized = [key for key in keys if key.what in MOMENTS and key.name in layouts]
     columns = {key: length(layouts[key.name].shape, *_cut(key)) for key in sized}
-    bytes_of = {key: _bytes(key, layouts) for key in sized}
+    bytes_of = {key: held_bytes(key, layouts) for key in sized}
     blocks: dict[Key, int] = {}
     while sum(bytes_of.values()) > room:
         wide = [key for key in sized if blocks.get(key, columns[key]) > NARROWEST]
@@ -170,7 +170,7 @@ def _blocks(keys: Iterable[Key], layouts: Layouts, room: int) -> dict[Key, int]:
             break
         widest = max(wide, key=lambda key: (bytes_of[key], key.name))
         blocks[widest] = -(-blocks.get(widest, columns[widest]) // 2)
-        bytes_of[widest] = _bytes(widest, layouts, blocks[widest])
+        bytes_of[widest] = held_bytes(widest, layouts, blocks[widest])
     return blocks
 
 

@@ -106,7 +106,7 @@ def layouts(proto: ModelProto, feed: Feed) -> dict[str, Layout]:
     """
     symbols = _symbols(proto.graph, feed)
     types = (*proto.graph.value_info, *proto.graph.output)
-    known = {v.name: found for v in types if (found := _declared(v.type, symbols)) is not None}
+    known = {v.name: found for v in types if (found := declared(v.type, symbols)) is not None}
     unknown = sorted(produced(proto.graph) - known.keys())
     return known | _observed(proto, unknown, feed) if unknown else known
 
@@ -136,8 +136,8 @@ def _symbols(graph: GraphProto, feed: Feed) -> dict[str, int]:
     return {symbol: size for symbol, size in pairs if symbol}
 
 
-def _declared(type_: TypeProto, symbols: Mapping[str, int]) -> Layout | None:
-    """None where the shape is not settled."""
+def declared(type_: TypeProto, symbols: Mapping[str, int]) -> Layout | None:
+    """What a type says, sizes in place of symbols; None where the shape is not settled."""
     tensor = type_.tensor_type
     if not type_.HasField("tensor_type") or not tensor.HasField("shape"):
         return None

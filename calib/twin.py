@@ -16,7 +16,8 @@ current model is run on the same batches, so that memory holds one model at a ti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -28,9 +29,11 @@ from calib.data import Dataset
 from calib.inputs import Feed, fixed_batch
 from calib.observe import rows_of
 from calib.plan import ARENA, BASE, MIB, WEIGHT_COPIES
+from onnxc.cuts import Facts
 from onnxc.errors import DataError, ModelError, OptionError
-from onnxc.graph import Model, to_proto
-from onnxc.runtime import Runtime, run, session
+from onnxc.graph import Model, as_declared, to_proto
+from onnxc.runtime import Runtime
+from onnxc.stages import Source, staged
 
 ENOUGH = 2  # fewer follow the single sample rather than the data
 LIVE = 96 * MIB  # activations of a batch
@@ -59,15 +62,18 @@ def drift(
         return {}
     used = _spread(dataset, samples)
     channel = {n: axis if isinstance(axis, int) else axis[n] for n in tensors}
-    halves, layouts = _halves(original, current, channel, next(iter(used.batches(1))))
+    feed = next(iter(used.batches(1)))
+    halves, layouts = _halves(original, current, channel, feed)
+    bound = max_memory if max_memory is not None and current.scratch is not None else None
+    runs = Runs(halves, used, threads, bound)
     size = _batch(halves, layouts, used, max_memory)
     try:
-        drifts = _measure(halves, used, size, threads)
+        drifts = runs.measure(size)
     except ModelError:
         if size == 1:
             raise
         size = 1
-        drifts = _measure(halves, used, size, threads)
+        drifts = runs.measure(size)
     if notes is not None and size < min(ENOUGH, len(used)):
         notes.append(
             f"biases were corrected by the means of {size} sample(s) at a time, not of many"
@@ -77,17 +83,30 @@ def drift(
 
 def _halves(
     original: Model, current: Model, channel: Mapping[str, int], feed: Feed
-) -> tuple[tuple[ModelProto, ModelProto], dict[str, tap.Layout]]:
+) -> tuple[tuple[Source, Source], dict[str, tap.Layout]]:
     """The measuring original, the correcting current model, and the layouts of the latter."""
-    protos = to_proto(original), to_proto(current)
+    first, second = (Source(*as_declared(m), m.scratch) for m in (original, current))
     for name in channel:
-        if any(name not in tap.produced(p.graph) for p in protos):
+        if any(name not in tap.produced(source.proto.graph) for source in (first, second)):
             raise OptionError(f"tensor {name!r} is not made by both models, so it has no drift")
-    layouts = tap.layouts(protos[1], feed)
+    if current.scratch is None:
+        layouts = tap.layouts(to_proto(current), feed)
+    else:
+        layouts = _inferred(second, channel, feed)
     return (
-        measuring(protos[0], channel, layouts),
-        correcting(protos[1], channel, layouts),
+        replace(first, proto=measuring(first.proto, channel, layouts)),
+        replace(second, proto=correcting(second.proto, channel, layouts)),
     ), layouts
+
+
+def _inferred(source: Source, names: Iterable[str], feed: Feed) -> dict[str, tap.Layout]:
+    """Layouts that need no run, as far as they go. Raises OptionError where one is missing."""
+    types = Facts(source.proto, tuple(names), feed).types
+    found = {n: known for n, v in types.items() if (known := tap.declared(v.type, {})) is not None}
+    for name in names:
+        if name not in found:
+            raise OptionError(f"the shape of tensor {name!r} is not known, so it has no drift")
+    return found
 
 
 def measuring(
@@ -160,7 +179,7 @@ def _spread(dataset: Dataset, samples: int) -> Dataset:
 
 
 def _batch(
-    halves: Sequence[ModelProto],
+    halves: Sequence[Source],
     layouts: Mapping[str, tap.Layout],
     dataset: Dataset,
     max_memory: int | None,
@@ -171,38 +190,43 @@ def _batch(
         return group
     sizes = {n: int(ARENA * x.nbytes) for n, x in layouts.items()}
     sizes |= {f"{n}:corrected": size for n, size in sizes.items()}
-    live = max(tap.peak(half.graph.node, sizes, ()) for half in halves)
-    weights = max(tap.weight_bytes(half.graph) for half in halves)
+    live = max(tap.peak(half.proto.graph.node, sizes, ()) for half in halves)
     room = LIVE
-    if max_memory is not None:
+    if max_memory is not None and halves[1].scratch is not None:
+        room = min(room, (max_memory - BASE) // 3)
+    elif max_memory is not None:
+        weights = max(tap.weight_bytes(half.proto.graph) for half in halves)
         room = min(room, max_memory - BASE - WEIGHT_COPIES * weights)
     return int(np.clip(room // max(live, 1), 1, len(dataset)))
 
 
-def _measure(
-    halves: tuple[ModelProto, ModelProto], dataset: Dataset, size: int, threads: int
-) -> list[tuple[int, Feed]]:
-    """(rows, drifts by output name) of each batch."""
-    goals = _run(halves[0], dataset, size, threads)
-    return _run(halves[1], dataset, size, threads, goals)
+@dataclass(frozen=True)
+class Runs:
+    """Both halves, run one after the other. memory: bytes of the process, None for no bound."""
 
+    halves: tuple[Source, Source]
+    dataset: Dataset
+    threads: int
+    memory: int | None
 
-def _run(
-    half: ModelProto,
-    dataset: Dataset,
-    size: int,
-    threads: int,
-    goals: Sequence[tuple[int, Feed]] = (),
-) -> list[tuple[int, Feed]]:
-    opened = session(half.SerializeToString(), Runtime(threads, lean=True))
-    names = [i.name for i in opened.get_inputs()]
-    results = []
-    for index, feed in enumerate(dataset.batches(size)):
-        given = {**feed, **goals[index][1]} if goals else feed
-        rows = rows_of(feed, dataset.source.axes)
-        found = run(opened, {name: given[name] for name in names})
-        results.append((rows, {n: x.copy() for n, x in found.items()}))  # no view of the arena
-    return results
+    def measure(self, size: int) -> list[tuple[int, Feed]]:
+        """(rows, drifts by output name) of each batch of `size` samples."""
+        goals = self._run(self.halves[0], size)
+        return self._run(self.halves[1], size, goals)
+
+    def _run(
+        self, half: Source, size: int, goals: Sequence[tuple[int, Feed]] = ()
+    ) -> list[tuple[int, Feed]]:
+        def feeds() -> Iterator[Feed]:
+            for index, feed in enumerate(self.dataset.batches(size)):
+                yield {**feed, **goals[index][1]} if goals else feed
+
+        opened = staged(half, self.memory, next(feeds()), Runtime(self.threads, lean=True))
+        axes = self.dataset.source.axes
+        results: list[tuple[int, Feed]] = [(rows_of(feed, axes), {}) for feed in feeds()]
+        for _, index, found in opened.run(feeds):
+            results[index][1].update({n: x.copy() for n, x in found.items()})  # no view of an arena
+        return results
 
 
 def _average(

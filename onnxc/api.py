@@ -15,12 +15,14 @@ from typing import Any
 
 from calib.data import Dataset, Preprocess
 from onnxc import recipe as recipes
-from onnxc.bench import speedup, time_interleaved
+from onnxc.bench import Latency, speedup, time_interleaved
 from onnxc.calibration import calibrate, merge_statistics
 from onnxc.check import compare, coverage
 from onnxc.cost import file_bytes, inspect
 from onnxc.errors import OptionError
-from onnxc.graph import load, save, to_bytes
+from onnxc.graph import load, save
+from onnxc.graph import size as model_size
+from onnxc.pairs import excess
 from onnxc.paths import check_folder, existing
 from onnxc.quantization import (
     Attempt,
@@ -40,13 +42,16 @@ from onnxc.request import (
     check_same_inputs,
     checked,
     counting,
+    enough_memory,
     naming,
     open_feeds,
     peak_memory,
     silent,
+    subject,
     try_out,
 )
 from onnxc.runtime import Runtime
+from onnxc.search import untimed
 from onnxc.vectors import write_vectors
 
 __all__ = [
@@ -62,6 +67,7 @@ __all__ = [
     "validate",
 ]
 
+SIDES = ("before", "after")
 DEFAULTS = QuantizeSettings()
 PREVIEWED = 4  # samples that a preview calibrates on: the effect on nodes needs no good ranges
 
@@ -99,7 +105,8 @@ def quantize(
     say = progress or silent
     job = checked(model, data, val, stats, output, recipe, settings, runtime, say, override)
     if max_drop is not None:  # told now where there are no classes
-        missed_bounds(compare(job.path, job.path, job.samples.judge.subset([0]), runtime), max_drop)
+        same = subject(job.path, job.calibration.max_memory)
+        missed_bounds(compare(same, same, job.samples.judge.subset([0]), runtime), max_drop)
     with naming(job.path):
         found = quantize_model(
             job.model,
@@ -171,7 +178,7 @@ def _effect(tried: Attempt, name: str) -> Effect:
 
 
 def _report(job: Job, found: Quantized, missed: tuple[str, ...], is_written: bool) -> Report:
-    size = file_bytes(job.output) if is_written else len(to_bytes(found.model))
+    size = file_bytes(job.output) if is_written else model_size(found.model)
     return Report(
         model=str(job.path),
         output=str(job.output) if is_written else None,
@@ -200,6 +207,7 @@ def validate(
     preprocess: Preprocess | None = None,
     samples: int | None = None,
     seed: int = 0,
+    max_memory: int | None = None,
     runtime: Runtime = Runtime(),
     max_drop: float | None = None,
     save_vectors: ModelPath | None = None,
@@ -208,7 +216,8 @@ def validate(
     """Compare a candidate with its reference over data: accuracy, agreement, SQNR, kernels.
 
     data: what `calib.data.open_data` takes; without it the input is synthesized, and the headline
-    says so. max_drop: points of top-1 (or, without labels, of disagreement) that may be lost.
+    says so. max_memory: bytes that the process may take; models that need more run in stages, and
+    are not timed. max_drop: points of top-1 (or, without labels, of disagreement) that may be lost.
     save_vectors: folder for ONNX test_data_set_* with the reference's outputs, beside the candidate
     as model.onnx.
 
@@ -220,30 +229,35 @@ def validate(
     folder = None if save_vectors is None else check_folder(Path(save_vectors))
     check_same_inputs(first, second)
     dataset = open_feeds(first, data, preprocess, samples, seed)
+    memory = max_memory or enough_memory(max(first, second, key=file_bytes))
     for path in (first, second):
-        try_out(path, dataset, runtime)
+        try_out(path, dataset, runtime, memory)
+    pair = [subject(path, memory) for path in (first, second)]
     say("comparing")
     with naming(second):
-        comparison = compare(first, second, dataset, runtime, progress=counting(say, "comparing"))
+        told = counting(say, "comparing")
+        comparison = compare(pair[0], pair[1], dataset, runtime, progress=told)
     say("timing")
     feeds = list(islice(dataset.batches(1), FEEDS))
-    times = time_interleaved({"before": first, "after": second}, feeds, runtime)
+    needed, times = excess(pair, feeds[0]), dict[str, Latency]()
+    if not needed:
+        times = time_interleaved(dict(zip(SIDES, pair, strict=True)), feeds, runtime)
     found = Validation(
         reference=str(reference),
         candidate=str(candidate),
-        before=Measure(file_bytes(first), times["before"]),
-        after=Measure(file_bytes(second), times["after"]),
+        before=Measure(file_bytes(first), times.get(SIDES[0])),
+        after=Measure(file_bytes(second), times.get(SIDES[1])),
         headline="" if data is not None else "compared without data, on synthesized input",
-        speedup=speedup(times["before"], times["after"]),
+        speedup=speedup(*times.values()) if times else None,
         comparison=comparison,
-        coverage=coverage(second, runtime),
+        coverage=coverage(pair[1], runtime),
         missed=missed_bounds(comparison, max_drop),
-        notes=dataset.notes,
+        notes=(*dataset.notes, *([untimed(needed, memory)] if needed else ())),
         vectors=None if folder is None else str(folder),
     )
     if folder is not None:
         say("writing vectors")
-        write_vectors(first, second, dataset, folder, runtime)
+        write_vectors(pair[0], second, dataset, folder, runtime)
     return found
 
 

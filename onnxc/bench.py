@@ -14,7 +14,6 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxc.errors import OptionError
-from onnxc.runtime import Runtime, run, session
+from onnxc.pairs import Subject, open_whole
+from onnxc.runtime import Runtime, run
 
 Feed = dict[str, NDArray[Any]]
 
@@ -71,7 +71,7 @@ def speedup(reference: Latency, candidate: Latency) -> Ratio:
 
 
 def time_interleaved(
-    models: Mapping[str, bytes | str | Path],
+    models: Mapping[str, Subject | str],
     feeds: Feed | Sequence[Feed],
     runtime: Runtime = Runtime(),
     repeats: int = 40,
@@ -85,7 +85,7 @@ def time_interleaved(
     if repeats < 1 or not models:
         raise OptionError("timing needs at least one model and one round")
     several = [feeds] if isinstance(feeds, dict) else list(feeds)
-    sessions = {name: session(model, runtime) for name, model in models.items()}
+    sessions = {name: open_whole(model, runtime) for name, model in models.items()}
     for feed in itertools.islice(itertools.cycle(several), WARM_UP):
         for opened in sessions.values():
             run(opened, feed)

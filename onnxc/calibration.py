@@ -33,7 +33,7 @@ from calib.statistics import Made, Statistics
 from onnxc.core import Context, Key, Skip
 from onnxc.cost import FLOATS, external_files, type_name
 from onnxc.errors import OptionError
-from onnxc.graph import captured, load, opset, walk
+from onnxc.graph import bound, captured, load, opset, walk
 from onnxc.moments import moments_keys, why_no_moments
 from onnxc.ops import knowledge
 from onnxc.paths import check_output, existing
@@ -81,10 +81,11 @@ def calibrate(
     _check_what(what)
     place = check_output(output, path, data)
     say("loading")
-    opened = load(path)
+    memory = max_memory or enough_memory(path)
+    opened = bound(load(path), memory)
     check_output(place, *external_files(path))
     dataset = open_data(data, input_specs(path), preprocess, samples, seed)
-    try_out(path, dataset, Runtime())
+    try_out(path, dataset, Runtime(), memory)
     digest, feed = merge.digest(opened), next(iter(dataset.batches(1)))
     with naming(path):
         prepare(opened, feed, progress=say)
@@ -93,7 +94,7 @@ def calibrate(
         keys = wanted_keys(opened.graph, what)
         found = collect(
             *(opened, keys, dataset),
-            max_memory=max_memory or enough_memory(path),
+            max_memory=memory,
             threads=THREADS,
             batch=1,
             progress=counting(say, "calibrating"),

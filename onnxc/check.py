@@ -13,7 +13,7 @@ its largest absolute error instead.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from onnxc import normal
 from onnxc.errors import ModelError
 from onnxc.fidelity import Comparison, Fidelity, compare, decibel
-from onnxc.graph import Model, copy, runnable, skeleton, walk
+from onnxc.graph import Model, copy, skeleton, walk
 from onnxc.kernels import Coverage, Kernel, coverage
-from onnxc.runtime import Runtime, first_line, run, session
+from onnxc.runtime import Runtime, first_line
+from onnxc.stages import open_stages
 
 __all__ = [
     "Comparison",
@@ -69,13 +70,23 @@ def snapshot(model: Model, feed: Feed | None, runtime: Runtime = Runtime()) -> S
     """Copy a model (its weights are shared) and run it once."""
     failure, outputs = None, None
     try:
-        with runnable(model) as source:
-            opened = session(source, runtime)
-            outputs = run(opened, dict(feed)) if feed is not None else None
+        outputs = _outputs(model, feed, runtime)
     except ModelError as error:
         failure = str(error)
     backup = copy(model)
     return Snapshot(backup, interface(model.graph), outputs, failure, _precision(model.graph))
+
+
+def _outputs(model: Model, feed: Feed | None, runtime: Runtime) -> dict[str, Any] | None:
+    """One run, for which a model that does not fit in memory is not worth packing."""
+    staged = open_stages(model, feed, runtime)
+    if not staged.is_whole:
+        staged = open_stages(model, feed, replace(runtime, packs=False))
+    if feed is not None:
+        return staged.once(feed)
+    if staged.is_whole:
+        staged.opened()
+    return None
 
 
 def problems(

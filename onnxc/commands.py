@@ -51,6 +51,7 @@ def inspect(model: Path, as_json: bool, quiet: bool) -> None:
 @click.argument("reference", type=ModelArgument)
 @click.argument("candidate", type=ModelArgument)
 @options.data()
+@options.max_memory
 @options.runtime
 @click.option("--max-drop", type=float, help="Points of top-1 (or agreement) that may be lost.")
 @click.option(
@@ -72,7 +73,7 @@ def validate(context: click.Context, /, **settings: Any) -> int:
             preprocess=options.preprocess_of(context),
             runtime=options.runtime_of(context),
             progress=say,
-            **_some(settings, "data", "samples", "max_drop", "save_vectors", "seed"),
+            **_some(settings, "data", "samples", "max_memory", "max_drop", "save_vectors", "seed"),
         )
     show(found, console.render_validation, settings["as_json"], settings["quiet"])
     return EXIT_MISSED if found.missed else 0

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
 
 from calib.data import InputSpec, synthesize
 from onnxc.errors import DataError, ModelError
-from onnxc.graph import Model, constants, copy, load, nbytes, opset, to_proto, walk
+from onnxc.graph import Model, as_declared, constants, copy, load, nbytes, opset, read, walk
 from onnxc.integer import refusal
 from onnxc.macs import MACS, macs
 from onnxc.ops import knowledge, weight_of
-from onnxc.runtime import Runtime, run, session
+from onnxc.runtime import Runtime
 from onnxc.shapes import infer
+from onnxc.stages import Source, staged
 from onnxc.stored import source, why_no_source
 from onnxc.targets import Target, choose
 
@@ -116,12 +116,12 @@ def file_bytes(path: str | Path) -> int:
 def external_files(path: str | Path) -> list[Path]:
     """The files that hold a model's external data, sorted. Raises ModelError."""
     try:
-        proto = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
+        proto = read(Path(path))
+    except ModelError as error:
         raise ModelError(f"{path} is not an ONNX model") from error
     entries = (entry for tensor in _stored(proto.graph) for entry in tensor.external_data)
     places = {entry.value for entry in entries if entry.key == "location"}
-    return sorted(Path(path).parent / place for place in places)
+    return sorted(Path(path).parent / place for place in places - {Path(path).name})
 
 
 def _stored(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -276,10 +276,9 @@ def _observe(model: Model) -> None:
     try:
         feed = next(synthesize([_spec(t) for t in graph.inputs], 1).batches(1))
         names = [name for name in wanted if name not in feed]
-        proto = to_proto(model)
-        shown = {port.name for port in proto.graph.output}
-        proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in shown)
-        found = run(session(proto.SerializeToString(), Runtime(level="none")), feed, names)
+        source = Source(*as_declared(model), model.scratch)
+        runtime = Runtime(level="none", packs=False)
+        found = staged(source, model.memory, feed, runtime, names).once(feed)
     except (DataError, ModelError, TypeError):  # strings, sequences, sizes that 1 does not fit
         return
     for name, array in found.items():

@@ -84,6 +84,25 @@ def constant(name: str, array: Any) -> gs.Constant:
     return gs.Constant(name, np.asarray(array))
 
 
+def store(graph: gs.Graph, name: str, array: Any) -> gs.Constant:
+    """The same; a large one of a graph that does not fit in memory is kept on disk."""
+    made = constant(name, array)
+    scratch: weights.Scratch | None = graph.__dict__.get("_scratch")
+    if scratch is not None and weights.size(made._values) >= weights.LARGE:
+        made._values = scratch.keep(made._values)
+    return made
+
+
+def spill(graph: gs.Graph, scratch: weights.Scratch) -> None:
+    """From now on, large values that are stored in a graph go to disk."""
+    graph.__dict__["_scratch"] = scratch
+
+
+def is_spilling(graph: gs.Graph) -> bool:
+    """Whether a graph does not fit in memory, so that its weights are worked on one by one."""
+    return "_scratch" in graph.__dict__
+
+
 def nbytes(constant: gs.Constant) -> int:
     """Bytes that a constant takes in a file; low-bit types are packed."""
     return weights.size(constant._values)

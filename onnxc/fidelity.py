@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from calib.data import Dataset
 from calib.inputs import sample_axes
-from onnxc.errors import DataError, ModelError
-from onnxc.graph import Model, runnable
-from onnxc.runtime import Runtime, run, session
+from onnxc.errors import DataError
+from onnxc.graph import Model
+from onnxc.pairs import Pairing
+from onnxc.runtime import Runtime
 
 BATCH = 16  # samples a run where the model takes any batch size
+PIECE = 1 << 20  # values that are compared at once
 SQNR_CAP = 200.0  # dB reported for equal outputs: past what float64 sums resolve
 
 Array = NDArray[Any]
@@ -99,24 +100,22 @@ def compare(
     (samples done, samples in all). Raises ModelError where a model does not run or has other
     outputs, DataError where the labels do not fit the samples.
     """
-    opened = [_open(model, runtime) for model in (reference, candidate)]
-    names = _shared_outputs(opened[0], opened[1])
+    runs = Pairing(reference, candidate, dataset, runtime, batch)
     truth = dataset.labels if labels is None else labels
     if truth is not None and len(truth) != len(dataset):
         raise DataError(f"there are {len(truth)} labels for {len(dataset)} samples")
     are_labels_checked = truth is None
     axes = sample_axes(dataset.inputs)
-    tallies = {name: _Tally() for name in names}
+    tallies = {name: _Tally() for name in runs.names}
     scores = _Scores()
     done, skipped = 0, set[str]()
-    for feed in dataset.batches(batch):
-        pair = [run(model, feed) for model in opened]
+    for feed, *pair in runs.outputs():
         if truth is not None and not are_labels_checked:
             check_labels(truth, pair[0])
             are_labels_checked = True
         count = next((feed[n].shape[a] for n, a in axes.items() if a is not None), 1)
-        for name in names:
-            ref, out = (_numbers(outputs[name]) for outputs in pair)
+        for name in runs.names:
+            ref, out = (_numbers(outputs.get(name)) for outputs in pair)
             if ref is None or out is None or ref.shape != out.shape:
                 skipped.add(name)
                 continue
@@ -161,21 +160,6 @@ def check_labels(labels: Array, outputs: Mapping[str, Any]) -> None:
         )
 
 
-def _open(model: Model | Path | bytes, runtime: Runtime) -> ort.InferenceSession:
-    if not isinstance(model, Model):
-        return session(model, runtime)
-    with runnable(model) as source:
-        return session(source, runtime)
-
-
-def _shared_outputs(reference: ort.InferenceSession, candidate: ort.InferenceSession) -> list[str]:
-    names = [port.name for port in reference.get_outputs()]
-    missing = set(names) - {port.name for port in candidate.get_outputs()}
-    if missing:
-        raise ModelError(f"the candidate has no output {min(missing)!r}, which the reference has")
-    return names
-
-
 def _numbers(value: Any) -> Array | None:
     """A tensor of numbers; class probabilities as dicts become rows in the order of their keys."""
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
@@ -206,11 +190,13 @@ class _Tally:
     elements: int = 0
 
     def update(self, ref: Array, out: Array, one_label: bool) -> None:
-        r, o = ref.astype(np.float64), out.astype(np.float64)
-        self.elements += r.size
+        self.elements += ref.size
         self._agree(_classes(ref, one_label), _classes(out, one_label))
-        if not r.size:
-            return
+        for start in range(0, ref.size, PIECE):
+            pieces = (x.reshape(-1)[start : start + PIECE].astype(np.float64) for x in (ref, out))
+            self._add(*pieces)
+
+    def _add(self, r: Array, o: Array) -> None:
         usable = np.isfinite(r) & ~((r == o) & np.isinf(r))
         r, o = r[usable], o[usable]
         error = np.abs(r - o)

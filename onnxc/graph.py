@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 import google.protobuf.message
@@ -21,7 +22,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from onnxc import envelope, normal, weights
+from onnxc import envelope, normal, weights, wire
 from onnxc.edit import (
     attributes,
     become,
@@ -31,11 +32,14 @@ from onnxc.edit import (
     constants,
     fresh,
     insert,
+    is_spilling,
     nbytes,
     opset,
     reads,
     replace_uses,
     set_opset,
+    spill,
+    store,
     tidy,
     values,
     walk,
@@ -46,24 +50,31 @@ from onnxc.files import replacing
 
 __all__ = [
     "Model",
+    "as_declared",
     "attributes",
     "become",
     "bodies",
+    "bound",
     "captured",
     "constant",
     "constants",
     "copy",
     "fresh",
+    "from_skeleton",
     "insert",
+    "is_spilling",
     "load",
     "nbytes",
     "opset",
+    "read",
     "reads",
     "replace_uses",
     "runnable",
     "save",
     "set_opset",
+    "size",
     "skeleton",
+    "store",
     "stored",
     "tidy",
     "to_bytes",
@@ -76,6 +87,10 @@ __all__ = [
 G_LOGGER.severity = G_LOGGER.ERROR
 
 SPLIT = 1 << 30  # bytes of weights above which a file gets its weights beside it
+BIG = 1 << 30  # bytes of a model that is not held in memory, unless asked for
+OUTLINED = 32 << 20  # bytes of a file whose weights are left in it until they are asked for
+BIG_SHARE = 4  # of a big model: the part that a process takes by itself
+SMALL = 64 << 20  # bytes in float of a model that is always held in memory: libraries take more
 _FILE_LIMIT = (1 << 31) - 1  # of a protobuf
 _DEFAULT_OPSET = 21  # of a model that uses no standard operator
 _MULTIPLY = frozenset(
@@ -89,7 +104,8 @@ class Model:
 
     base: the folder of external data, None for a model that came without a path. declared: tensors
     inside the graph whose type the file told; what was inferred of others is not written, for it
-    changes what ONNX Runtime fuses.
+    changes what ONNX Runtime fuses. memory: bytes that the process may take where the model is run,
+    None for no bound; see `onnxc.stages`. scratch: where large new weights of a bounded model go.
     """
 
     graph: gs.Graph
@@ -97,6 +113,32 @@ class Model:
     base: Path | None = None
     notes: tuple[str, ...] = ()
     declared: frozenset[str] = frozenset()
+    memory: int | None = None
+    scratch: weights.Scratch | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.scratch is not None:
+            spill(self.graph, self.scratch)
+
+
+def enough_memory(size: int) -> int | None:
+    """Bytes that a process may take to run a model of that size; None: the model is no big one."""
+    return size // BIG_SHARE if size > BIG else None
+
+
+def bound(model: Model, memory: int | None) -> Model:
+    """The same model, to be run in so much memory; None: in what is enough."""
+    memory = memory or enough_memory(size(model))
+    in_float = 4 * sum(prod(c.shape) for c in constants(model.graph))
+    is_large = memory is not None and in_float > SMALL
+    scratch = (model.scratch or weights.Scratch()) if is_large else None
+    return replace(model, memory=memory, scratch=scratch)
+
+
+def size(model: Model) -> int:
+    """Bytes of the model as a file, with its external data."""
+    proto, held = as_declared(model)
+    return int(proto.ByteSize()) + sum(map(weights.size, held))
 
 
 def load(source: str | Path | bytes | onnx.ModelProto, base: str | Path | None = None) -> Model:
@@ -111,7 +153,7 @@ def load(source: str | Path | bytes | onnx.ModelProto, base: str | Path | None =
         return _load(_parse(source), folder)
     path = Path(source)
     try:
-        return _load(_parse(_read(path)), folder or path.parent)
+        return _load(read(path), folder or path.parent)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
 
@@ -121,25 +163,25 @@ def save(model: Model, path: str | Path) -> None:
 
     Raises OptionError when the path cannot be written or the disk is full.
     """
-    _write(*_as_declared(model), Path(path))
+    _write(*as_declared(model), Path(path))
 
 
 def to_proto(model: Model) -> onnx.ModelProto:
     """The model with all its weights."""
-    proto, held = _as_declared(model)
+    proto, held = as_declared(model)
     weights.fill(proto.graph, held)
     return proto
 
 
 def to_bytes(model: Model) -> bytes:
     """The model as one file. Raises ModelError above 2 GB, the limit of the format."""
-    return _serialize(*_as_declared(model))
+    return _serialize(*as_declared(model))
 
 
 @contextmanager
 def runnable(model: Model) -> Iterator[bytes | Path]:
     """What a session can open: bytes, or above 1 GiB a temporary file for the time of the block."""
-    with stored(*_as_declared(model)) as source:
+    with stored(*as_declared(model)) as source:
         yield source
 
 
@@ -161,7 +203,8 @@ def copy(model: Model) -> Model:
     for array in held:
         if isinstance(array, np.ndarray):
             array.flags.writeable = False
-    return replace(_open(proto, held, model.base, model.notes), declared=model.declared)
+    kept = {name: getattr(model, name) for name in ("declared", "memory", "scratch")}
+    return replace(_open(proto, held, model.base, model.notes), **kept)
 
 
 def skeleton(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
@@ -181,7 +224,7 @@ def skeleton(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
     return proto, held
 
 
-def _as_declared(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
+def as_declared(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
     """A skeleton that tells no more of the tensors inside it than the file did."""
     proto, held = skeleton(model)
     for _, graph in normal.graphs(proto.graph):
@@ -210,11 +253,16 @@ def _is_bad(tensor: gs.Constant, infinity: bool) -> bool:
     return bool((~np.isfinite(array) if infinity else np.isnan(array)).any())
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path) -> onnx.ModelProto:
+    """A file as a protobuf that is ours to edit; large weights of a large file stay in the file."""
     try:
-        return path.read_bytes()
+        if path.stat().st_size < OUTLINED:
+            return _parse(path.read_bytes())
+        return wire.outline(path)
     except OSError as error:
         raise ModelError(f"cannot read the model: {error.strerror}") from error
+    except google.protobuf.message.DecodeError as error:
+        raise ModelError("not an ONNX model, or a truncated one") from error
 
 
 def _parse(source: bytes | onnx.ModelProto) -> onnx.ModelProto:
@@ -235,9 +283,8 @@ def _parse(source: bytes | onnx.ModelProto) -> onnx.ModelProto:
 def _write(proto: onnx.ModelProto, held: list[weights.Values], path: Path) -> None:
     """A skeleton with its weights as a file, or as two."""
     if sum(map(weights.size, held)) <= SPLIT:
-        data = _serialize(proto, held)
         with replacing(path) as (file,):
-            file.write(data)
+            wire.write(proto, held, file)
         return
     beside = path.with_name(f"{path.name}.data")
     with replacing(beside, path) as (big, file):
@@ -261,7 +308,15 @@ def _load(proto: onnx.ModelProto, base: Path | None) -> Model:
     held = weights.detach(proto.graph, base)
     light = onnx.ModelProto.FromString(proto.SerializeToString())
     del proto  # and with it the memory of the weights' first copy
-    light, notes = normal.normalize(light)
+    opened = from_skeleton(light, held, base)
+    return bound(opened, None) if sum(map(weights.size, held)) > BIG else opened
+
+
+def from_skeleton(
+    proto: onnx.ModelProto, held: list[weights.Values], base: Path | None = None
+) -> Model:
+    """The model of an edited skeleton and its weights. Raises ModelError when it is invalid."""
+    light, notes = normal.normalize(proto)
     normal.check(light)
     declared = {value.name for _, graph in normal.graphs(light.graph) for value in graph.value_info}
     return replace(_open(light, held, base, tuple(notes)), declared=frozenset(declared))

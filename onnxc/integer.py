@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxc.core import Context, Skip
-from onnxc.graph import constant, fresh, values
+from onnxc.graph import fresh, store, values
 from onnxc.numerics import fixed
 from onnxc.numerics.affine import Array, Grid, dequantize, quantize, weight_scales
 from onnxc.ops import groups, is_constant, knowledge, weight_of
@@ -76,7 +76,7 @@ def round_weights(
         assert weight is not None
         if (id(weight), axis) not in made:
             on_grid = rounded(node, values(weight), context, bits, pow2)
-            made[id(weight), axis] = constant(fresh(graph, f"{weight.name}_rounded"), on_grid)
+            made[id(weight), axis] = store(graph, fresh(graph, f"{weight.name}_rounded"), on_grid)
         node.inputs[knowledge(node).weight] = made[id(weight), axis]
 
 

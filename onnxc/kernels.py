@@ -17,8 +17,11 @@ from pathlib import Path
 
 import onnx
 
-from onnxc.graph import Model, runnable
+from onnxc.boundary import Boundary
+from onnxc.cuts import BASE
+from onnxc.graph import Model, read, skeleton
 from onnxc.runtime import Runtime, session
+from onnxc.stages import open_stages
 
 RECURRENT = frozenset(("LSTM", "GRU", "RNN"))
 CONVOLUTIONS = frozenset(("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose"))
@@ -92,27 +95,38 @@ class _Scope:
 
 def coverage(model: Model | bytes | Path, runtime: Runtime = Runtime()) -> Coverage:
     """Optimize a model as `runtime` does, and count. Raises ModelError where that is refused."""
-    if isinstance(model, Model):
-        with runnable(model) as source:
-            return coverage(source, runtime)
+    level = "extended" if runtime.level == "all" else runtime.level
+    parts = _optimized(model, replace(runtime, level=level, packs=False))
     names = _names(model)
-    with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder) / "optimized.onnx"
-        level = "extended" if runtime.level == "all" else runtime.level
-        session(model, replace(runtime, level=level), dump)
-        optimized = onnx.load(dump, load_external_data=False)
-    scopes = list(_scopes(optimized.graph, "", {}))
+    scopes = [scope for part in parts for scope in _scopes(part, "", {})]
     kernels = (kernel for scope in scopes for kernel in _kernels(scope, names))
     borders = [sum(column) for column in zip(*(_borders(scope) for scope in scopes), strict=True)]
     return Coverage(tuple(kernels), borders[0], borders[1])
 
 
-def _names(source: bytes | Path) -> dict[str, str]:
+def _optimized(model: Model | bytes | Path, runtime: Runtime) -> Iterator[onnx.GraphProto]:
+    """The optimized graph, or those of the stages of a model that does not fit in its bound."""
+    with tempfile.TemporaryDirectory(prefix="onnxc-") as folder:
+        dump = Path(folder) / "optimized.onnx"
+        if not isinstance(model, Model):
+            session(model, runtime, dump)
+            yield onnx.load(dump, load_external_data=False).graph
+            return
+        taps = max((model.memory or 0) - BASE, 0) // 3  # what writing it takes besides
+        staged = open_stages(model, None, runtime, taps=taps)
+        for stage in staged.stages:
+            staged.session(stage, Boundary(), dump)
+            yield onnx.load(dump, load_external_data=False).graph
+
+
+def _names(source: Model | bytes | Path) -> dict[str, str]:
     """Node names as the user knows them, by name and by output tensor: fusions rename nodes."""
-    if isinstance(source, bytes):
+    if isinstance(source, Model):
+        graph = skeleton(source)[0].graph
+    elif isinstance(source, bytes):
         graph = onnx.ModelProto.FromString(source).graph
     else:
-        graph = onnx.load(source, load_external_data=False).graph
+        graph = read(source).graph
     named = {node.name: node.name for node in graph.node if node.name}
     return {out: node.name for node in graph.node for out in node.output if node.name} | named
 
@@ -144,7 +158,7 @@ def _reason(node: onnx.NodeProto, scope: _Scope) -> str:
     kind = node.op_type
     dequantized = [scope.makes(name) == "DequantizeLinear" for name in node.input[:2]]
     weight = node.input[1]
-    is_constant = weight in scope.constants or _is_stored(weight, scope)
+    is_constant = _is_fixed(weight, scope) or _is_stored(weight, scope)
     if scope.where and not any(dequantized):
         return f"inside the {scope.where}, and nested bodies stay float"
     if kind in RECURRENT:
@@ -181,6 +195,16 @@ def _misfit(node: onnx.NodeProto, scope: _Scope) -> str:
 def _is_per_axis(border: onnx.NodeProto, scope: _Scope) -> bool:
     scale = scope.constants.get(border.input[1])
     return scale is not None and prod(scale.dims) > 1
+
+
+def _is_fixed(name: str, scope: _Scope) -> bool:
+    """Whether a tensor is a constant, or follows from constants alone, Q/DQ aside."""
+    if name in scope.constants:
+        return True
+    maker = scope.maker.get(name)
+    if maker is None or not maker.input or maker.op_type == "DequantizeLinear":
+        return False
+    return all(_is_fixed(given, scope) for given in maker.input if given)
 
 
 def _is_stored(name: str, scope: _Scope) -> bool:

@@ -276,9 +276,12 @@ def _rename(graph: GraphProto, names: dict[str, str]) -> None:
                 _rename(attribute.g, {a: b for a, b in names.items() if a not in own})
 
 
-def _reads(node: NodeProto) -> set[str]:
-    inner = (n for a in node.attribute if a.HasField("g") for _, g in graphs(a.g) for n in g.node)
-    return {name for n in (node, *inner) for name in n.input if name}
+def nested_reads(node: NodeProto) -> set[str]:
+    """Names that a node reads, with all that its bodies mention."""
+    inner = [g for a in node.attribute if a.HasField("g") for _, g in graphs(a.g)]
+    names = {name for g in inner for n in g.node for name in n.input}
+    names.update(node.input, (value.name for g in inner for value in g.output))
+    return names - {""}
 
 
 def _sort(graph: GraphProto) -> None:
@@ -291,7 +294,7 @@ def _sort(graph: GraphProto) -> None:
 def _order(graph: GraphProto) -> list[int]:
     """Kahn's algorithm; among nodes that are ready the first in the file goes first."""
     maker = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    needs = [{maker[r] for r in _reads(node) if r in maker} for node in graph.node]
+    needs = [{maker[r] for r in nested_reads(node) if r in maker} for node in graph.node]
     users: list[list[int]] = [[] for _ in needs]
     for user, makers in enumerate(needs):
         for made_by in makers:

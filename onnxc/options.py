@@ -247,7 +247,8 @@ max_memory = click.option(
     "--max-memory",
     type=amount,
     metavar="SIZE",
-    help="Bound on the memory of calibration, such as 2GB. [default: 400MB, more for large models]",
+    help="Bound on the memory of the process, such as 2GB; a model that needs more runs in stages. "
+    "[default: 400MB, more for large models, a quarter of those above 1 GiB]",
 )
 stats = click.option(
     "--stats",

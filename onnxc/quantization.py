@@ -20,7 +20,8 @@ from onnxc.check import Comparison, Coverage, compare, coverage
 from onnxc.core import Change, Context, Pass, Skip
 from onnxc.cost import quantized_as
 from onnxc.errors import ModelError, OptionError
-from onnxc.graph import Model, opset, to_bytes, unfinite
+from onnxc.graph import Model, copy, opset, unfinite
+from onnxc.pairs import excess
 from onnxc.pipeline import Calibration, Progress, Step, prepare
 from onnxc.runtime import Runtime
 from onnxc.selectors import Selector
@@ -77,9 +78,9 @@ class Quantized:
     notes: tuple[str, ...]
     comparison: Comparison
     coverage: Coverage
-    before: Latency
-    after: Latency
-    ratio: Ratio
+    before: Latency | None
+    after: Latency | None
+    ratio: Ratio | None
     way: str
     count: int
 
@@ -198,7 +199,7 @@ def quantize_model(
     candidates are chosen by them. validation: samples that no choice saw either; the verdict is
     given on them, or on `judge` where there are none.
     """
-    feed, original = next(iter(judge.batches(1))), to_bytes(model)
+    feed, original = next(iter(judge.batches(1))), copy(model)
     tried = attempt(model, calibration, feed, target, settings, only, passes, seed, progress)
     if progress is not None:
         progress("measuring")
@@ -213,16 +214,18 @@ def quantize_model(
         chosen = search.best(found)
     comparison = chosen.comparison
     if validation is not None:
-        comparison = compare(original, to_bytes(chosen.model), validation, runtime)
+        comparison = compare(original, chosen.model, validation, runtime)
     changes, skips = tried.results(chosen.name)
     steps = (*tried.prepared, *chosen.steps)
+    needed = excess([original, chosen.model], feed)
+    untimed = (search.untimed(needed, model.memory),) if needed else ()
     failed = tuple(f"{s.name} was undone: {p}" for s in steps for p in s.problems)
     return Quantized(
         chosen.model,
         tried.ways[chosen.name],
         changes,
         skips,
-        (*_choice(found, chosen), *failed, *calibration.notes),
+        (*_choice(found, chosen), *untimed, *failed, *calibration.notes),
         comparison,
         coverage(chosen.model, runtime),
         latency,

@@ -16,11 +16,13 @@ from calib import statistics
 from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
 from calib.merge import digest
 from calib.statistics import Statistics
+from onnxc import graph
 from onnxc import recipe as recipes
 from onnxc.cost import external_files, file_bytes
+from onnxc.cuts import BASE
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.fidelity import check_labels
-from onnxc.graph import Model, load
+from onnxc.graph import OUTLINED, Model, bound, load
 from onnxc.paths import check_output, default_output, existing
 from onnxc.pipeline import Calibration
 from onnxc.quantization import THREADS, QuantizeSettings, check_input
@@ -28,6 +30,7 @@ from onnxc.recipe import Recipe
 from onnxc.runtime import LEVELS, Runtime, dtype_of, provider_name, run, session
 from onnxc.samples import OF_VALIDATION, Samples, choose_samples
 from onnxc.selectors import Selector
+from onnxc.stages import open_stages
 from onnxc.targets import Target
 from onnxc.targets import choose as choose_target
 
@@ -35,6 +38,7 @@ ModelPath = str | Path
 Progress = Callable[[str], None]
 
 LEAST_MEMORY = 400_000_000  # bytes of the process during calibration, where none are asked for
+HELD_COPIES = 5  # of a file, at most, that one session takes: 8-bit weights become float
 FILE_COPIES = 6  # or this many times the model, for large ones
 FEEDS = 8  # made-up samples for a comparison or a benchmark
 NO_DATA = "made without data: ranges come from synthesized input and fit no real one; give --data"
@@ -126,12 +130,13 @@ def checked(
     place = check_output(output or default_output(path, settings.bits), path, source, val, stats)
     say("loading")
     opened = load(path)
+    memory = given.calibration.max_memory or enough_memory(path)
+    opened = bound(opened, memory)
     check_output(place, *external_files(path))
     check_input(opened, str(path))
     only = given.only.resolve(opened.graph)
     known = None if stats is None else statistics.load(stats, digest(opened))
     samples = _samples(path, source, val, given, runtime, known)
-    memory = given.calibration.max_memory or enough_memory(path)
     exact = replace(
         given, target=row.name, calibration=replace(given.calibration, max_memory=memory)
     )
@@ -140,8 +145,17 @@ def checked(
 
 
 def enough_memory(model: Path) -> int:
-    """Bytes that the process may take during calibration, where none are asked for."""
-    return max(LEAST_MEMORY, FILE_COPIES * file_bytes(model))
+    """Bytes that the process may take, where none are asked for; never those of a big model."""
+    size = file_bytes(model)
+    return graph.enough_memory(size) or max(LEAST_MEMORY, FILE_COPIES * size)
+
+
+def subject(path: Path, memory: int | None = None) -> Path | Model:
+    """What is run in so much memory: the file, or the model that is to be run in stages."""
+    memory = memory or enough_memory(path)
+    if BASE + HELD_COPIES * file_bytes(path) <= memory:
+        return path
+    return bound(load(path), memory)
 
 
 def _samples(
@@ -149,24 +163,26 @@ def _samples(
 ) -> Samples:
     """Samples to calibrate on, to choose by and to validate with; the model was run on some."""
     specs, wanted, seed = input_specs(path), recipe.calibration, recipe.seed
+    memory = wanted.max_memory
 
     def opened(given: Any, count: int | None) -> Dataset:
         dataset = open_data(given, specs, wanted.preprocess, count, seed)
-        try_out(path, dataset, runtime)
+        try_out(path, dataset, runtime, memory)
         return dataset
 
     found = choose_samples(specs, source, val, known, opened, wanted.samples, seed)
     if source is None:
-        try_out(path, found.judge, runtime)
+        try_out(path, found.judge, runtime, memory)
     return found
 
 
-def try_out(path: Path, dataset: Dataset, runtime: Runtime) -> None:
+def try_out(path: Path, dataset: Dataset, runtime: Runtime, memory: int | None = None) -> None:
     """Run the model once, so that data which do not fit it are told before the long work."""
     feed = next(iter(dataset.batches(1)))
     with naming(path):
+        model = subject(path, memory)
         try:
-            outputs = run(session(path, runtime), feed)
+            outputs = _run_once(model, feed, runtime)
         except ModelError as error:
             expected = "; ".join(spec.expects for spec in dataset.inputs)
             raise DataError(f"{path} does not run on the data: {error} ({expected})") from error
@@ -174,10 +190,16 @@ def try_out(path: Path, dataset: Dataset, runtime: Runtime) -> None:
         check_labels(dataset.labels, outputs)
 
 
+def _run_once(model: Path | Model, feed: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
+    if isinstance(model, Model):
+        return open_stages(model, feed, replace(runtime, packs=False)).once(feed)
+    return run(session(model, runtime), feed)
+
+
 def input_specs(model: Path) -> list[InputSpec]:
     """What a model takes. Raises ModelError, naming the file, when that is not only tensors."""
     with naming(model):
-        ports = session(model, Runtime(level="none")).get_inputs()
+        ports = _mapped(model).get_inputs()
     specs = []
     for port in ports:
         dtype = dtype_of(port.type)
@@ -185,6 +207,14 @@ def input_specs(model: Path) -> list[InputSpec]:
             raise ModelError(f"{model}: input {port.name!r} is {port.type}, which cannot be fed")
         specs.append(InputSpec(port.name, dtype, tuple(port.shape)))
     return specs
+
+
+def _mapped(model: Path) -> Any:
+    """A session that reads no weights, if it can be."""
+    runtime = Runtime(level="none", packs=False)
+    if model.stat().st_size < OUTLINED:
+        return session(model, runtime)
+    return open_stages(load(model), None, runtime).opened()
 
 
 def silent(text: str) -> None:

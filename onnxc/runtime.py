@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,17 @@ class Runtime:
     threads: intra-op threads, 0 for all cores. level: a key of LEVELS. provider: any execution
     provider of the installed ONNX Runtime, with or without the suffix "ExecutionProvider". lean:
     plan no memory ahead, which takes a second set of buffers, and let threads sleep between runs,
-    where others have work; for few runs of a model.
+    where others have work; for few runs of a model. folds: compute what follows from constants
+    once, when the model is opened. packs: copy weights into the order that kernels read, which pays
+    from the second run on.
     """
 
     threads: int = 1
     level: str = "all"
     provider: str = "CPU"
     lean: bool = False
+    folds: bool = field(default=True, repr=False)
+    packs: bool = field(default=True, repr=False)
 
 
 def provider_name(name: str) -> str:
@@ -48,9 +52,14 @@ def provider_name(name: str) -> str:
 
 
 def session(
-    model: bytes | str | Path, runtime: Runtime = Runtime(), dump: Path | None = None
+    model: bytes | str | Path,
+    runtime: Runtime = Runtime(),
+    dump: Path | None = None,
+    folder: Path | None = None,
 ) -> ort.InferenceSession:
     """Open a model (serialized, or a path). `dump`: also write the optimized graph there.
+
+    folder: where the external data of a serialized model lies.
 
     Raises ModelError with ONNX Runtime's first line when it refuses the model.
     """
@@ -63,10 +72,16 @@ def session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if dump is not None:
         options.optimized_model_filepath = str(dump)
+        options.add_session_config_entry(_DUMPED, f"{dump.name}.data")
+    if folder is not None:
+        options.add_session_config_entry(_FOLDER, str(folder))
+    if not runtime.packs:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     source = model if isinstance(model, bytes) else str(model)
     providers = list(dict.fromkeys([provider_name(runtime.provider), "CPUExecutionProvider"]))
+    unwanted = None if runtime.folds else ["ConstantFolding"]
     try:
-        return ort.InferenceSession(source, options, providers=providers)
+        return ort.InferenceSession(source, options, providers, disabled_optimizers=unwanted)
     except RUNTIME_ERRORS as error:
         raise ModelError(f"ONNX Runtime refuses the model: {first_line(error)}") from error
 
@@ -93,6 +108,8 @@ def dtype_of(kind: str) -> np.dtype[Any] | None:
     return _DTYPES.get(kind)
 
 
+_DUMPED = "session.optimized_model_external_initializers_file_name"
+_FOLDER = "session.model_external_initializers_file_folder_path"
 _NAMES = {"float": "float32", "double": "float64"}
 _DTYPES: dict[str, np.dtype[Any]] = {
     f"tensor({name})": np.dtype(_NAMES.get(name, name))

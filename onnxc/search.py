@@ -7,7 +7,8 @@
     fixed         static with scales that are powers of two
 
 Each candidate is built, run on held-out samples and timed in turn with the float model. Of those
-whose output keeps FLOOR dB, the fastest wins; within TIE of it, the more exact one.
+whose output keeps FLOOR dB, the fastest wins; within TIE of it, the more exact one. Models that
+memory does not hold together are not timed; then the smallest wins.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from onnxc.check import Comparison, compare
 from onnxc.core import Context, Pass
 from onnxc.cost import free_dimensions, heavy_nodes
 from onnxc.graph import Model, copy, to_bytes
+from onnxc.graph import size as file_size
 from onnxc.integer import weighted_nodes
 from onnxc.islands import suspects
 from onnxc.ops import knowledge
+from onnxc.pairs import Subject, excess
 from onnxc.pipeline import PREPARED, Calibration, Progress, Step, compress, keeps_statistics
 from onnxc.runtime import Runtime
 from passes.correct_bias import CorrectBias
@@ -53,24 +56,34 @@ MINOR = 0.1  # share of the MACs below which MatMul and Gemm do not decide how t
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate as built and measured. ratio: float latency over the candidate's."""
+    """A candidate as built and measured. size: bytes of its file. ratio: float over own latency.
+
+    latency and ratio are None where the models do not fit in memory together.
+    """
 
     name: str
     model: Model
     steps: tuple[Step, ...]
     comparison: Comparison
-    latency: Latency
-    ratio: Ratio
+    size: int
+    latency: Latency | None = None
+    ratio: Ratio | None = None
 
     @property
     def speed(self) -> tuple[float, float]:
-        """The ratio, with what chance may take from or add to its median: two standard errors."""
+        """The ratio, with what chance may take from or add to its median: two standard errors.
+
+        1 where it was not measured.
+        """
+        if self.ratio is None or self.latency is None:
+            return 1.0, 1.0
         error = 2 * 0.93 * (self.ratio.high - self.ratio.low) / len(self.latency.samples) ** 0.5
         return self.ratio.median - error, self.ratio.median + error
 
     @property
     def summary(self) -> str:
-        return f"{self.name}: {self.ratio.median:.2f}x, {self.comparison.sqnr:.1f} dB"
+        gain = f"{self.ratio.median:.2f}x" if self.ratio else f"{self.size:,} bytes"
+        return f"{self.name}: {gain}, {self.comparison.sqnr:.1f} dB"
 
 
 def candidates(
@@ -218,23 +231,65 @@ def build(
 
 
 def trials(
-    original: bytes,
+    original: Model,
     built: Mapping[str, Built],
     heldout: Dataset,
     runtime: Runtime,
     repeats: int = 30,
-) -> tuple[list[Trial], Latency]:
-    """Measure built candidates against the original file on held-out samples, timed in turn."""
-    packed = {name: to_bytes(result) for name, (result, _) in built.items()}
-    feeds = [feed for feed, _ in zip(heldout.batches(1), range(4), strict=False)]
-    models = {"float": original, **packed}
-    times = time_interleaved(models, feeds, runtime, repeats, min_time=TIMING)
+) -> tuple[list[Trial], Latency | None]:
+    """Measure built candidates against the original on held-out samples, timed in turn.
+
+    Models that memory does not hold together are not timed.
+    """
+    subjects = {name: _subject(result) for name, (result, _) in built.items()}
+    whole = _subject(original)
+    times = _times(whole, subjects, heldout, runtime, repeats)
     found = []
     for name, (result, steps) in built.items():
-        comparison = compare(original, packed[name], heldout, runtime, batch=FEW)
-        ratio = speedup(times["float"], times[name])
-        found.append(Trial(name, result, steps, comparison, times[name], ratio))
-    return found, times["float"]
+        comparison = compare(whole, subjects[name], heldout, runtime, batch=FEW)
+        before, after = times.get(name, (None, None))
+        ratio = speedup(before, after) if before and after else None
+        found.append(Trial(name, result, steps, comparison, file_size(result), after, ratio))
+    return found, next((before for before, _ in times.values()), None)
+
+
+def _subject(model: Model) -> Subject:
+    """What is opened again and again: bytes where they are not many."""
+    return to_bytes(model) if model.scratch is None else model
+
+
+def _times(
+    original: Subject,
+    candidates: Mapping[str, Subject],
+    heldout: Dataset,
+    runtime: Runtime,
+    repeats: int,
+) -> dict[str, tuple[Latency, Latency]]:
+    """Latencies of the original and a candidate: all in turn, or in pairs where memory holds two.
+
+    Empty where it does not.
+    """
+    feeds = [feed for feed, _ in zip(heldout.batches(1), range(4), strict=False)]
+    groups = [candidates]
+    if excess([original, *candidates.values()], feeds[0]):
+        groups = [{name: model} for name, model in candidates.items()]
+    if any(excess([original, *group.values()], feeds[0]) for group in groups):
+        return {}
+    found: dict[str, tuple[Latency, Latency]] = {}
+    for group in groups:
+        models = {"float": original, **group}
+        times = time_interleaved(models, feeds, runtime, repeats, min_time=TIMING)
+        found |= {name: (times["float"], times[name]) for name in group}
+    return found
+
+
+def untimed(needed: int, memory: int | None) -> str:
+    """Why there is no latency."""
+    gib, allowed = needed / 2**30, (memory or 0) / 2**30
+    return (
+        f"latency was not measured: running the whole models takes about {gib:.1f} GiB, more than "
+        f"the {allowed:.1f} GiB of --max-memory; give more to time them"
+    )
 
 
 def falls_short(trial: Trial) -> bool:
@@ -245,12 +300,17 @@ def falls_short(trial: Trial) -> bool:
 def best(found: Iterable[Trial]) -> Trial:
     """Of those that keep FLOOR dB, the most exact one that is as fast as the fastest.
 
-    Where none keeps it, the most exact of all.
+    Where none keeps it, the most exact of all; where nothing was timed, as small as the smallest.
     """
     tried = list(found)
     kept = [t for t in tried if t.comparison.sqnr >= FLOOR]
     if not kept:
         return max(tried, key=lambda t: t.comparison.sqnr)
+    if any(t.ratio is None for t in kept):
+        smallest = min(t.size for t in kept)
+        return max(
+            (t for t in kept if t.size <= (1 + TIE) * smallest), key=lambda t: t.comparison.sqnr
+        )
     fastest = max(t.speed[0] for t in kept)
     tied = [t for t in kept if t.speed[1] >= (1 - TIE) * fastest]
     return max(tied, key=lambda t: t.comparison.sqnr)

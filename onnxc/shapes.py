@@ -9,7 +9,8 @@ on values. Declared inputs and outputs are never touched; symbolic dimensions ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ from onnxc.errors import ModelError
 from onnxc.graph import Model, bodies, fresh, skeleton, stored, walk
 from onnxc.normal import graphs
 from onnxc.runtime import Runtime, dtype_of, run, session
+from onnxc.stages import Source, staged
 
 Shape = tuple[int | str | None, ...]
 Feed = Mapping[str, NDArray[Any]]
+Compute = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 
 _SIZE_BY_VALUE = frozenset(
     ("NonZero", "NonMaxSuppression", "Unique", "Compress", "Loop", "If", "Scan", "StringSplit")
@@ -159,11 +162,9 @@ def _observe(
 ) -> None:
     names = {fresh(model.graph, f"shape_of_{t.name}"): t for t in tensors}
     _probe(proto, names)
-    with stored(proto, held) as source:
-        opened = session(source, Runtime(level="basic"))
-        first = run(opened, dict(feed), list(names))
-        second = _run_doubled(opened, model.graph, feed, list(names), first)
-    types = {port.name: dtype_of(port.type) for port in opened.get_outputs()}
+    compute, types = _opened(model, proto, held, list(names), feed)
+    first = compute(dict(feed))
+    second = _run_doubled(compute, model.graph, feed, first)
     moving = _sized_by_values(model.graph)
     for probe, tensor in names.items():
         sizes: Shape = tuple(int(d) for d in first[probe])
@@ -173,6 +174,20 @@ def _observe(
         observed = tuple(a if a == b else None for a, b in pairs)
         tensor.shape = _merge(tensor.shape or observed, observed)
         tensor.dtype = types.get(tensor.name) if tensor.dtype is None else tensor.dtype
+
+
+def _opened(
+    model: Model, proto: onnx.ModelProto, held: list[Any], names: list[str], feed: Feed
+) -> tuple[Compute, dict[str, Any]]:
+    """A function from a feed to some outputs, and types as far as ONNX Runtime tells them."""
+    if model.scratch is not None:  # it may not fit in memory
+        runtime = Runtime(level="basic", packs=False)
+        source = Source(proto, held, model.scratch)
+        return staged(source, model.memory, feed, runtime, names).once, {}
+    with stored(proto, held) as whole:
+        opened = session(whole, Runtime(level="basic"))
+    types = {port.name: dtype_of(port.type) for port in opened.get_outputs()}
+    return partial(run, opened, outputs=names), types
 
 
 def _probe(proto: onnx.ModelProto, names: Mapping[str, gs.Variable]) -> None:
@@ -187,7 +202,7 @@ def _probe(proto: onnx.ModelProto, names: Mapping[str, gs.Variable]) -> None:
 
 
 def _run_doubled(
-    opened: Any, graph: gs.Graph, feed: Feed, names: list[str], first: dict[str, NDArray[Any]]
+    compute: Compute, graph: gs.Graph, feed: Feed, first: dict[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
     """A run with every free dimension of the inputs doubled; empty when the model refuses it."""
     double = dict(feed)
@@ -198,7 +213,7 @@ def _run_doubled(
     if all(double[name].shape == feed[name].shape for name in feed):
         return first
     try:
-        return run(opened, double, names)
+        return compute(double)
     except ModelError:
         return {}
 

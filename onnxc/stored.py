@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.graph import constant, fresh, insert, replace_uses
+from onnxc.graph import constant, fresh, insert, replace_uses, store
 from onnxc.numerics.blocks import Blocks, pack_columns
 
 FLOAT = 1  # ONNX number of float32
@@ -139,9 +139,8 @@ class Writing:
 
     def _keep(self, what: str, array: NDArray[Any]) -> gs.Constant:
         """A new constant, counted."""
-        kept = constant(
-            fresh(self.names, f"{self.tensor.name}_{what}"), np.ascontiguousarray(array)
-        )
+        name = fresh(self.names, f"{self.tensor.name}_{what}")
+        kept = store(self.names, name, np.ascontiguousarray(array))
         self.stored.append(kept)
         return kept
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,26 @@ from numpy.typing import NDArray
 from calib.data import Dataset
 from onnxc.cost import external_files
 from onnxc.errors import ModelError
+from onnxc.graph import Model
+from onnxc.pairs import Subject
 from onnxc.runtime import Runtime, run, session
+from onnxc.stages import open_stages
 
 SETS = 10  # test_data_set folders written
 
 
 def write_vectors(
-    reference: Path, candidate: Path, dataset: Dataset, folder: Path, runtime: Runtime = Runtime()
+    reference: Subject,
+    candidate: Path,
+    dataset: Dataset,
+    folder: Path,
+    runtime: Runtime = Runtime(),
 ) -> None:
     """Write the candidate as the model, and the reference's outputs as those to expect.
 
     The folder appears whole or not at all. Raises ModelError for an output that is not a tensor.
     """
-    opened = session(reference, runtime)
+    compute = _running(reference, next(iter(dataset.batches(1))), runtime)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".onnxc-") as temporary:
         made = Path(temporary) / "vectors"
         _copy_model(candidate, made / "model.onnx")
@@ -40,10 +48,18 @@ def write_vectors(
             place = made / f"test_data_set_{number}"
             place.mkdir()
             _write_tensors(place, "input", {spec.name: feed[spec.name] for spec in dataset.inputs})
-            _write_tensors(place, "output", run(opened, feed))
+            _write_tensors(place, "output", compute(feed))
         if folder.exists():
             folder.rmdir()  # empty, as checked
         made.rename(folder)
+
+
+def _running(
+    model: Subject, feed: dict[str, NDArray[Any]], runtime: Runtime
+) -> Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
+    if isinstance(model, Model):
+        return open_stages(model, feed, runtime).once
+    return partial(run, session(model, runtime))
 
 
 def _copy_model(model: Path, target: Path) -> None:

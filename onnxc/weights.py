@@ -8,7 +8,10 @@ numbers are filled in again. A skeleton, a protobuf with stubs, is small whateve
 from __future__ import annotations
 
 import os
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +25,8 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxc.errors import ModelError
 
+LARGE = 1 << 17  # bytes from which on a value of a big model goes to disk
+PIECE = 8 << 20  # bytes that are read at once
 KEEP = 1024  # bytes: tensors up to this size stay in a skeleton, for shape inference
 _MARK = "onnxc:"
 _ALIGN = 4096
@@ -52,6 +57,32 @@ class ExternalValues(LazyValues):  # type: ignore[misc]
 
 
 Values = NDArray[Any] | ExternalValues
+
+
+class Scratch:
+    """Values that do not fit in memory: each in a temporary file that lives as long as they do."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="onnxc-")
+        self.count = 0
+
+    def keep(self, values: NDArray[Any]) -> ExternalValues:
+        """The same values on disk. Raises OSError when that is full."""
+        self.count += 1
+        path = Path(self.folder.name) / str(self.count)
+        source = to_ir(values)
+        with path.open("wb") as file:
+            source.tofile(file)
+        kept = ExternalValues(
+            path, 0, onnx.TensorProto(data_type=int(source.dtype), dims=values.shape)
+        )
+        weakref.finalize(kept, _forget, path, self.folder)
+        return kept
+
+
+def _forget(path: Path, folder: tempfile.TemporaryDirectory[str]) -> None:
+    """Remove the file of values that nobody holds any more; the folder outlives them all."""
+    path.unlink(missing_ok=True)
 
 
 def stored_bytes(tensor: onnx.TensorProto) -> int:
@@ -97,6 +128,20 @@ def to_ir(values: Values) -> ir.ExternalTensor | ir.Tensor[Any]:
         return values.mapped()
     is_native = values.dtype.isnative
     return ir.Tensor(values if is_native else values.astype(values.dtype.newbyteorder("=")))
+
+
+def pieces(values: Values) -> Iterator[bytes]:
+    """The bytes in a file, a few at a time. Raises ModelError when they cannot be read."""
+    if not isinstance(values, ExternalValues):
+        yield bytes(to_ir(values).tobytes())
+        return
+    try:
+        with values.path.open("rb") as file:
+            file.seek(values.offset)
+            for start in range(0, values.nbytes, PIECE):
+                yield file.read(min(PIECE, values.nbytes - start))
+    except OSError as error:
+        raise ModelError(f"cannot read external data {values.path}: {error.strerror}") from error
 
 
 def size(values: Values) -> int:
@@ -158,10 +203,25 @@ def stub(name: str, values: Values, weights: list[Values]) -> onnx.TensorProto:
 
 def fill(graph: onnx.GraphProto, weights: list[Values]) -> None:
     """Put the values back in place of the stubs."""
-    for tensor in tensors(graph):
-        number = _number(tensor)
-        if number is not None:
-            tensor.CopyFrom(to_tensor(tensor.name, weights[number]))
+    _fill(tensors(graph), weights)
+
+
+def fill_bodies(graph: onnx.GraphProto, weights: list[Values]) -> None:
+    """The same for nested bodies and nodes, without the initializers of the graph itself."""
+    _fill(islice(tensors(graph), len(graph.initializer), None), weights)
+
+
+def _fill(stubs: Iterable[onnx.TensorProto], weights: list[Values]) -> None:
+    for tensor in stubs:
+        values = of_stub(tensor, weights)
+        if values is not None:
+            tensor.CopyFrom(to_tensor(tensor.name, values))
+
+
+def of_stub(tensor: onnx.TensorProto, weights: list[Values]) -> Values | None:
+    """What belongs in the place of a stub; None for a tensor that holds its values."""
+    number = _number(tensor)
+    return None if number is None else weights[number]
 
 
 def empty(graph: onnx.GraphProto) -> None:
@@ -182,7 +242,30 @@ def spill(graph: onnx.GraphProto, weights: list[Values], file: BinaryIO, locatio
             continue
         if number not in places:
             places[number] = _append(file, to_ir(weights[number]))
-        _refer(tensor, location, *places[number])
+        refer_to(tensor, location, *places[number])
+
+
+def refer(graph: onnx.GraphProto, weights: list[Values], scratch: Scratch | None) -> Path | None:
+    """Let the stubs of a part of a skeleton refer to the files that the weights are in.
+
+    Arrays are put in, large ones by way of `scratch` where there is one. Returns the folder that
+    the references start from; None where there are none.
+    """
+    stubs = [(t, n) for t in tensors(graph) if (n := _number(t)) is not None]
+    for tensor, number in stubs:
+        held = weights[number]
+        if isinstance(held, np.ndarray) and scratch is not None and held.nbytes >= LARGE:
+            weights[number] = scratch.keep(held)
+        elif isinstance(held, np.ndarray):
+            tensor.CopyFrom(to_tensor(tensor.name, held))
+    far = [(t, v) for t, n in stubs if isinstance(v := weights[n], ExternalValues)]
+    if not far:
+        return None
+    root = Path(os.path.commonpath([values.path.absolute().parent for _, values in far]))
+    for tensor, values in far:
+        location = values.path.absolute().relative_to(root).as_posix()
+        refer_to(tensor, location, values.offset, values.nbytes)
+    return root
 
 
 def _append(file: BinaryIO, source: ir.ExternalTensor | ir.Tensor[Any]) -> tuple[int, int]:
@@ -197,10 +280,11 @@ def _hollow(tensor: onnx.TensorProto, number: int) -> None:
     tensor.Clear()
     tensor.name, tensor.data_type = name, kind
     tensor.dims.extend(dims)
-    _refer(tensor, f"{_MARK}{number}")
+    refer_to(tensor, f"{_MARK}{number}")
 
 
-def _refer(tensor: onnx.TensorProto, location: str, offset: int = 0, length: int = 0) -> None:
+def refer_to(tensor: onnx.TensorProto, location: str, offset: int = 0, length: int = 0) -> None:
+    """Make a tensor a reference to external data."""
     tensor.data_location = onnx.TensorProto.EXTERNAL
     del tensor.external_data[:]
     tensor.external_data.add(key="location", value=location)

@@ -34,7 +34,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import captured, constant, fresh, nbytes, values
+from onnxc.graph import captured, fresh, nbytes, store, values
 from onnxc.ops import bounds, groups, is_absorbed, is_constant, is_depthwise, knowledge, weight_of
 
 LIMIT = 64.0  # largest ratio of two channels' factors to their mean: a dead channel is no guide
@@ -232,4 +232,4 @@ def _multiply(
     array = values(old)
     shape = [-1 if i == axis else 1 for i in range(array.ndim)]
     scaled = (array * s.reshape(shape)).astype(array.dtype)
-    node.inputs[position] = constant(fresh(graph, f"{old.name}_equalized"), scaled)
+    node.inputs[position] = store(graph, fresh(graph, f"{old.name}_equalized"), scaled)

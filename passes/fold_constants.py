@@ -31,14 +31,16 @@ from onnxc.graph import (
     captured,
     constant,
     fresh,
+    is_spilling,
     nbytes,
     replace_uses,
     skeleton,
+    store,
     tidy,
-    to_bytes,
     values,
 )
-from onnxc.runtime import Runtime, run, session
+from onnxc.runtime import Runtime
+from onnxc.stages import open_stages
 
 RANDOM = frozenset(
     ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Dropout")
@@ -103,7 +105,8 @@ class FoldConstants:
         """Fold in order while the file has room to grow; known sizes spare useless computing."""
         sizes = _sizes(graph, frontiers)
         small = [f for f in frontiers if f.growth(*sizes.get(f.tensor.name, (0, 1))) <= self.growth]
-        computed = _compute(graph, small)
+        is_large = is_spilling(graph)
+        computed = (_one_by_one if is_large else _compute)(graph, small)
         results: list[Change | Skip] = []
         room = self.growth
         for frontier in frontiers:
@@ -114,7 +117,7 @@ class FoldConstants:
             if value is None:
                 growth = frontier.growth(*sizes[frontier.tensor.name])
             else:
-                growth = frontier.growth(value.size, value.dtype.itemsize)
+                growth = frontier.growth(int(prod(value.shape)), value.dtype.itemsize)
             if value is None or growth > room:
                 reason = f"its value would add {growth:,} bytes, past the {self.growth:,} allowed"
                 results.append(Skip(frontier.node.name, reason))
@@ -239,30 +242,37 @@ def _sizes(graph: gs.Graph, frontiers: Sequence[Frontier]) -> dict[str, tuple[in
     return sizes
 
 
-def _compute(graph: gs.Graph, frontiers: Sequence[Frontier]) -> dict[str, Array | str]:
+def _compute(graph: gs.Graph, frontiers: Sequence[Frontier]) -> dict[str, gs.Constant | str]:
     """Values by tensor name; the reason in words for one that ONNX Runtime cannot compute."""
     if not frontiers:
         return {}
     names = [frontier.tensor.name for frontier in frontiers]
+    runtime = Runtime(level="none", packs=False)
     try:
-        opened = session(to_bytes(_program(graph, frontiers)), Runtime(level="none"))
-        return {name: _tensor(value) for name, value in run(opened, {}, names).items()}
+        found = open_stages(_program(graph, frontiers), {}, runtime, names).once({})
+        return {name: _kept(graph, name, value) for name, value in found.items()}
     except ModelError as error:
         if len(frontiers) == 1:
             return {names[0]: str(error)}
-    found: dict[str, Array | str] = {}
+    return _one_by_one(graph, frontiers)
+
+
+def _one_by_one(graph: gs.Graph, frontiers: Sequence[Frontier]) -> dict[str, gs.Constant | str]:
+    found: dict[str, gs.Constant | str] = {}
     for frontier in frontiers:
         found |= _compute(graph, [frontier])
     return found
 
 
-def _tensor(value: Any) -> Array | str:
-    return value if isinstance(value, np.ndarray) else "its value is not a tensor"
+def _kept(graph: gs.Graph, name: str, value: Any) -> gs.Constant | str:
+    if not isinstance(value, np.ndarray):
+        return "its value is not a tensor"
+    return store(graph, fresh(graph, f"{name}_value"), value)
 
 
-def _replace(graph: gs.Graph, frontier: Frontier, value: Array) -> Change:
+def _replace(graph: gs.Graph, frontier: Frontier, value: gs.Constant) -> Change:
     old = frontier.tensor
     before = sum(nbytes(source) for source in frontier.sources if len(source.outputs) == 1)
-    replace_uses(old, constant(fresh(graph, f"{old.name}_value"), value))
+    replace_uses(old, value)
     what = f"{len(frontier.nodes)} node{'s' * (len(frontier.nodes) > 1)} computed once"
-    return Change(frontier.node.name, what, before, value.nbytes)
+    return Change(frontier.node.name, what, before, nbytes(value))

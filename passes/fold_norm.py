@@ -26,7 +26,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import captured, constant, fresh, nbytes, tidy, values
+from onnxc.graph import captured, constant, fresh, nbytes, store, tidy, values
 
 NORM = "BatchNormalization"
 ARITHMETIC = ("Mul", "Div", "Add", "Sub")
@@ -299,7 +299,7 @@ def _replacement(
 ) -> gs.Constant:
     """A new constant under the old name, or a fresh one if something else reads the old one."""
     is_shared = old.name in pinned or len(old.outputs) > 1
-    return constant(fresh(graph, old.name) if is_shared else old.name, array)
+    return store(graph, fresh(graph, old.name) if is_shared else old.name, array)
 
 
 def _take_output(layer: gs.Node, node: gs.Node) -> None:

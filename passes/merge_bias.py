@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import captured, constant, fresh, nbytes, tidy, values
+from onnxc.graph import captured, constant, fresh, nbytes, store, tidy, values
 from onnxc.ops import weight_of
 
 FACTORS = ("alpha", "beta")
@@ -124,4 +124,4 @@ def _multiply(graph: gs.Graph, node: gs.Node, position: int, factor: float) -> N
     old = node.inputs[position]
     array: NDArray[Any] = values(old)
     product = (array * array.dtype.type(factor)).astype(array.dtype)
-    node.inputs[position] = constant(fresh(graph, f"{old.name}_scaled"), product)
+    node.inputs[position] = store(graph, fresh(graph, f"{old.name}_scaled"), product)

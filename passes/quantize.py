@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from calib.observers import HistogramObserver
 from calib.ranges import choose, squared_error
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import constant, fresh, nbytes, replace_uses, values
+from onnxc.graph import constant, fresh, nbytes, replace_uses, store, values
 from onnxc.integer import activation_grid, refused_nodes, scales, weight_axis, weight_grid
 from onnxc.numerics import fixed
 from onnxc.numerics.affine import Grid, bias_guard, parameters, quantize
@@ -237,7 +237,7 @@ class _Writer:
         parts = {"quantized": q, "scale": scale}
         if q.dtype != np.int32:
             parts["zero_point"] = np.zeros(scale.shape, q.dtype)
-        inputs = [constant(fresh(self.graph, f"{name}_{k}"), v) for k, v in parts.items()]
+        inputs = [store(self.graph, fresh(self.graph, f"{name}_{k}"), v) for k, v in parts.items()]
         out = gs.Variable(fresh(self.graph, f"{name}_dequantized"), np.float32, q.shape)
         attrs = {} if axis is None else {"axis": axis}
         node_name = fresh(self.graph, f"{name}_DequantizeLinear")

@@ -25,7 +25,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import constant, constants, fresh, insert, nbytes, tidy, values, walk
+from onnxc.graph import constants, fresh, insert, nbytes, store, tidy, values, walk
 from onnxc.numerics.blocks import decibels, quantize_blocks
 from onnxc.ops import knowledge
 from onnxc.stored import source, why_no_source
@@ -240,7 +240,7 @@ class Writing:
         return Stored(q, self._constant(weight.name, "scale", scales), ratio)
 
     def _constant(self, name: str, what: str, array: Array) -> gs.Constant:
-        return constant(fresh(self.graph, f"{name}_{what}"), array)
+        return store(self.graph, fresh(self.graph, f"{name}_{what}"), array)
 
     def _tensor(self, name: str, what: str) -> gs.Variable:
         return gs.Variable(fresh(self.graph, f"{name}_{what}"))

@@ -27,7 +27,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from onnxc import weights
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.errors import ModelError
-from onnxc.graph import Model, become, fresh, load, skeleton
+from onnxc.graph import Model, become, fresh, from_skeleton, skeleton
 from onnxc.runtime import first_line
 
 SCAN_WITHOUT_BATCH = 9  # the first opset whose Scan has no batch axis
@@ -67,7 +67,7 @@ class UpgradeOpset:
             return []
         first = graph.nodes[0].name
         try:
-            upgraded = load(_converted(graph, context.opset, self.version)).graph
+            upgraded = from_skeleton(*_converted(graph, context.opset, self.version)).graph
         except CONVERTER_ERRORS as error:
             reason = f"the model stays at opset {context.opset}: {first_line(error)}"
             return [Skip(first, reason)]
@@ -78,8 +78,8 @@ class UpgradeOpset:
         return [Change(first, f"opset raised from {context.opset} to {self.version}")]
 
 
-def _converted(graph: gs.Graph, old: int, new: int) -> ModelProto:
-    """A model of its own at the new opset. Raises CONVERTER_ERRORS."""
+def _converted(graph: gs.Graph, old: int, new: int) -> tuple[ModelProto, list[weights.Values]]:
+    """A skeleton of its own at the new opset, and the weights. Raises CONVERTER_ERRORS."""
     proto, large = skeleton(Model(graph))
     typed = {field: list(getattr(proto.graph, field)) for field in TYPED}
     for inner in _graphs(proto.graph):
@@ -95,8 +95,7 @@ def _converted(graph: gs.Graph, old: int, new: int) -> ModelProto:
     for port in (*done.graph.input, *done.graph.output):
         if not port.HasField("type"):  # a sequence or map, which is kept beside the graph
             port.CopyFrom(helper.make_tensor_value_info(port.name, TensorProto.FLOAT, []))
-    weights.fill(done.graph, large)
-    return done
+    return done, large
 
 
 def _ports(graph: gs.Graph) -> list[gs.Tensor]:

@@ -19,7 +19,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import constant, fresh, nbytes, replace_uses, values, walk
+from onnxc.graph import constant, fresh, nbytes, replace_uses, store, values, walk
 from onnxc.ops import knowledge, weight_of
 
 HALF, FLOAT = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
@@ -131,7 +131,7 @@ def _widen_constants(graph: gs.Graph, weights: set[int]) -> list[gs.Node]:
             casts.append(_cast(graph, old, wide[id(old)], FLOAT))
         elif id(old) not in wide:
             array = values(old).astype(np.float32)
-            wide[id(old)] = constant(fresh(graph, f"{old.name}_widened"), array)
+            wide[id(old)] = store(graph, fresh(graph, f"{old.name}_widened"), array)
         tensors[position] = wide[id(old)]
     return casts
 

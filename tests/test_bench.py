@@ -46,7 +46,7 @@ class Recorder:
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     runs: list[tuple[str, float]] = []
-    monkeypatch.setattr(bench, "session", lambda model, runtime: Recorder(str(model), runs))
+    monkeypatch.setattr(bench, "open_whole", lambda model, runtime: Recorder(str(model), runs))
     return runs
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -35,7 +35,7 @@ RATIOS = (
     0.8,
     0.75,
 )  # of the largest |w|, where a clipped range may be better
-CHUNK = 1 << 22  # values worked on at a time
+CHUNK = 1 << 20  # values worked on at a time
 STORED = {4: np.dtype(ml_dtypes.int4), 8: np.dtype(np.int8)}
 
 
@@ -103,8 +103,14 @@ def dequantize_blocks(blocks: Blocks) -> Array:
 
 def decibels(weight: Array, blocks: Blocks) -> float:
     """10 log10(Σ w² / Σ (w − s q)²) of a weight (outer, K, inner); at most 200."""
-    error = np.asarray(weight, np.float32) - dequantize_blocks(blocks)
-    signal, noise = (float(np.square(x, dtype=np.float64).sum()) for x in (weight, error))
+    signal = noise = 0.0
+    for outer, inner in _parts(*weight.shape):
+        part = replace(
+            blocks, codes=blocks.codes[outer, ..., inner], scales=blocks.scales[outer, ..., inner]
+        )
+        w = np.asarray(weight[outer, :, inner], np.float32)
+        signal += float(np.square(w, dtype=np.float64).sum())
+        noise += float(np.square(w - dequantize_blocks(part), dtype=np.float64).sum())
     return 10 * math.log10(max(signal, 1e-300) / max(noise, 1e-20 * signal, 1e-300))
 
 
