@@ -136,7 +136,7 @@ def _moments_facts(observer: MomentsObserver, key: Key) -> Facts:
     yield products.shape == (groups, count, width, width), "products are not square, or of others"
     if isinstance(observer, CrossObserver):
         yield observer.original.shape == total.shape, "sums of rows have two shapes"
-        return
+        yield observer.crossed.shape == products.shape, "products have two shapes"
     transposed = products.transpose(0, 1, 3, 2)
     yield bool((products == transposed).all()), "products are not symmetric"
     yield bool((observer.diagonal >= 0).all()), "a sum of squares is negative"

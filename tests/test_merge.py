@@ -66,7 +66,7 @@ def see(observer: Any, batch: Array) -> Any:
 
 
 def sums(observer: Any) -> list[Array]:
-    names = ("total", "products", "original")
+    names = ("total", "products", "original", "crossed")
     return [np.asarray(getattr(observer, n)) for n in names if hasattr(observer, n)]
 
 

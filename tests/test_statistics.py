@@ -322,7 +322,8 @@ def bad_arrays() -> Iterator[tuple[dict[str, Any], dict[str, Array], str]]:
     yield {"what": "range", "axis": 1}, {"low": np.zeros((4, 1))}, "wrong shape"
     yield {"what": "mean"}, {"total": np.zeros(())}, "wrong shape"
     yield {"what": "peak"}, {"total": -np.ones(4)}, "a peak is negative"
-    yield {"what": "cross"}, {"original": np.zeros((2, 3))}, "two shapes"
+    yield {"what": "cross"}, {"original": np.zeros((2, 3))}, "rows have two shapes"
+    yield {"what": "cross"}, {"crossed": np.zeros((2, 1, 3, 3))}, "products have two shapes"
 
 
 @pytest.mark.parametrize(("wanted", "arrays", "told"), list(bad_arrays()))
