@@ -67,7 +67,7 @@ def stage_work(
     is_free = not group and not batch
     runtime = Runtime(threads, lean=True)
     layouts = _layouts(source, taps, next(iter(dataset.batches(1))))
-    blocks = blocks_within(keys, layouts, (memory - BASE) // 3)
+    blocks = blocks_within(keys, layouts, (memory - BASE) // 6)
     held = 2 * sum(held_bytes(key, layouts, blocks.get(key)) for key in keys)
     held += sum(waiting_bytes(key, layouts) for key in keys)
     while True:
