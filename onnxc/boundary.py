@@ -49,7 +49,7 @@ class Boundary:
         trace: TracebackType | None,
     ) -> None:
         self.near.clear()
-        self.folder.cleanup()
+        self.folder.__exit__(None, None, None)
 
     def __contains__(self, name: str) -> bool:
         return name in self.near or name in self.far
