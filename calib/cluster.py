@@ -21,15 +21,17 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import signal
 import tempfile
 import time
 import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from onnxc.errors import ClusterError, ModelError, OptionError
@@ -75,8 +77,8 @@ def connected(scheduler: str | None = None, workers: int | None = None) -> Itera
         address: Any = scheduler
         if workers is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxc-"))
-            address = stack.enter_context(closing(_local(distributed, workers, folder)))
-        yield stack.enter_context(closing(_client(distributed, address)))
+            address = stack.enter_context(_closing(_local(distributed, workers, folder)))
+        yield stack.enter_context(_closing(_client(distributed, address)))
 
 
 def _local(distributed: Any, workers: int, folder: str) -> Any:
@@ -84,16 +86,41 @@ def _local(distributed: Any, workers: int, folder: str) -> Any:
 
     Memory is bounded by the plan of the work, so Dask neither spills nor stops anything.
     """
-    return distributed.LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=True,
-        host="127.0.0.1",
-        memory_limit=0,
-        dashboard_address=None,
-        local_directory=folder,
-        silence_logs=logging.CRITICAL,
-    )
+    with _deaf():
+        return distributed.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            memory_limit=0,
+            dashboard_address=None,
+            local_directory=folder,
+            silence_logs=logging.CRITICAL,
+        )
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Threads and processes that come from the block do not hear Ctrl-C: this one ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # where it has to start, it unblocks the signal
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+@contextmanager
+def _closing(opened: Any) -> Iterator[Any]:
+    """Close at the end; Dask stumbles over workers that died, when all has been ended already."""
+    try:
+        yield opened
+    finally:
+        with suppress(KeyError, OSError, RuntimeError):
+            opened.close()
 
 
 def _client(distributed: Any, address: Any) -> Client:

@@ -22,6 +22,7 @@ from calib.cluster import AHEAD, Crew, connected
 from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
 from calib.observers import is_equal
 from onnxc import api
+from onnxc.cli import run
 from onnxc.core import Key
 from onnxc.edit import constants
 from onnxc.errors import ClusterError, DataError, OptionError
@@ -35,7 +36,7 @@ distributed = pytest.importorskip("distributed")
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_cnn.onnx"
 DATA = ROOT / "models" / "digits_cnn_calib.npz"
-BATCH = 4  # the model's own choice, 64, would make two parts of the digits
+SAMPLES, BATCH = 128, 4  # in four parts
 SPEC = InputSpec("x", np.dtype(np.float32), ("N", 3, 8, 8))
 FAILURES = {"distributed.scheduler.allowed-failures": 1}  # deaths that one task may survive
 
@@ -55,8 +56,8 @@ def with_workers(client: Any, count: int) -> Any:
     return client
 
 
-def digits() -> Dataset:
-    return open_data(DATA, input_specs(MODEL))
+def digits(samples: int = SAMPLES) -> Dataset:
+    return open_data(DATA, input_specs(MODEL), samples=samples)
 
 
 def changed(model: Model) -> Model:
@@ -70,7 +71,7 @@ def changed(model: Model) -> Model:
 def gathered(client: Any = None, **options: Any) -> collect.Collected:
     """Every kind of statistic of the digits network."""
     original, model = load(MODEL), changed(load(MODEL))
-    moments = list(moments_keys(model.graph).values())
+    moments = list(moments_keys(model.graph).values())[:4]
     cross = [Key(k.tensor, "cross", k.axis, window=k.window) for k in moments]
     names = [t.name for node in model.graph.nodes for t in node.outputs]
     others = [Key(n, what) for n in names for what in ("range", "histogram", "mean", "peak")]
@@ -99,12 +100,13 @@ def test_any_number_of_workers_gives_the_same_bits(
     found = gathered(with_workers(workers, count), progress=lambda *both: seen.append(both))
     assert_same(found, alone)
     assert seen == sorted(seen)
-    assert seen[-1] == (200, 200)
+    assert seen[-1] == (SAMPLES, SAMPLES)
     assert any(re.match(rf"[1-{count}] Dask workers? gathered", note) for note in found.notes)
 
 
 def test_several_threads_give_the_same_bits(workers: Any) -> None:
-    assert_same(gathered(with_workers(workers, 2), threads=2), gathered(threads=2))
+    options = {"threads": 2, "data": digits(64)}
+    assert_same(gathered(with_workers(workers, 2), **options), gathered(**options))
 
 
 def test_a_worker_killed_half_way_takes_nothing_with_it(
@@ -136,13 +138,13 @@ def jobs_left(dask_worker: Any) -> list[str]:
 def test_the_model_is_unpacked_once_by_each_worker(workers: Any) -> None:
     client = with_workers(workers, 2)
     before = client.run(loaded)
-    found = gathered(client, max_memory=1 << 20)
+    found = gathered(client, max_memory=1 << 20, data=digits(64))
     assert found.segments > 1
     after = client.run(loaded)
     new = [count for w in after for name, count in after[w].items() if name not in before[w]]
     assert new == [1] * len(new)
     assert 1 <= len(new) <= 2
-    assert client.run(jobs_left) == dict.fromkeys(after, [])
+    assert client.run(jobs_left) == {worker: [] for worker in after}
 
 
 def test_a_model_that_only_declares_a_free_batch_is_run_one_by_one(workers: Any) -> None:
@@ -170,15 +172,16 @@ def test_an_error_of_the_data_is_told_as_in_one_process(workers: Any, tmp_path: 
     images = normal(80, 3, 8, 8)
     images[70] = np.nan
     for client in (None, with_workers(workers, 2)):
-        with pytest.raises(DataError, match="sample 70 of .*NaN"):
+        with pytest.raises(DataError, match=r"sample 70 of .*NaN"):
             relu({"x": images}, client)
 
 
 def test_data_that_a_worker_cannot_read_names_worker_and_path(workers: Any, tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", normal(40, 3, 8, 8))
+    for name in ("a.npy", "b.npy"):
+        np.save(tmp_path / name, normal(40, 3, 8, 8))
     opened = open_data(tmp_path, [SPEC])
-    (tmp_path / "a.npy").rename(tmp_path / "elsewhere")
-    text = rf"worker tcp://127.0.0.1:\d+ cannot read {tmp_path}/a.npy: .*same path on every machine"
+    (tmp_path / "b.npy").rename(tmp_path / "elsewhere")
+    text = rf"worker tcp://127.0.0.1:\d+ cannot read {tmp_path}/b.npy: data has to be at"
     with pytest.raises(DataError, match=text):
         relu(opened, with_workers(workers, 2))
 
@@ -232,7 +235,9 @@ def test_quantize_writes_the_same_file(workers: Any, tmp_path: Path) -> None:
     settings = api.QuantizeSettings(format="qdq", ranges="minmax")
     for client in (None, with_workers(workers, 2)):
         output = tmp_path / f"{client is None}.onnx"
-        found = api.quantize(MODEL, data=DATA, output=output, settings=settings, client=client)
+        found = api.quantize(
+            MODEL, data=DATA, output=output, settings=settings, samples=40, client=client
+        )
         assert any("Dask worker" in note for note in found.notes) == (client is not None)
         files.append(output.read_bytes())
     assert files[0] == files[1]
@@ -279,7 +284,7 @@ def test_a_function_that_yields_too_much_to_send_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(callables, "MOST", 1000)
-    with pytest.raises(DataError, match="save them as .npz"):
+    with pytest.raises(DataError, match=r"save them as \.npz"):
         pickle.dumps(open_data(yields, [SPEC]))
 
 
@@ -341,14 +346,22 @@ def test_a_scheduler_elsewhere_gives_the_same_file(scheduler: str, tmp_path: Pat
     assert both[0].read_bytes() == both[1].read_bytes()
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nowhere", "gopher://here:1"])
-def test_an_address_where_nobody_answers_is_one_sentence(tmp_path: Path, address: str) -> None:
+def test_a_scheduler_that_does_not_answer_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "CONNECT", 0.5)
     begin = time.monotonic()
-    process = start("-m", "onnxc", *calibrate(tmp_path / "a", "--scheduler", address))
-    code, _, errors = finished(process)
-    assert code == 2
-    assert re.fullmatch(rf"Error: .*{address}.*\n", errors)
-    assert time.monotonic() - begin < 20
+    assert run(calibrate(tmp_path / "a", "--scheduler", "tcp://127.0.0.1:9")) == 2
+    assert re.fullmatch(r"Error: no Dask scheduler answers at tcp.*\n", capsys.readouterr().err)
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("address", ["nowhere", "gopher://here:1", "tcp://here"])
+def test_what_is_no_address_is_one_sentence(
+    tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(calibrate(tmp_path / "a", "--scheduler", address)) == 2
+    assert re.fullmatch(rf"Error: --scheduler {address} is not.*\n", capsys.readouterr().err)
 
 
 def test_without_dask_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,11 +371,12 @@ def test_without_dask_a_sentence_says_what_to_install(monkeypatch: pytest.Monkey
         pass
 
 
-def test_workers_and_a_scheduler_are_too_much(tmp_path: Path) -> None:
+def test_workers_and_a_scheduler_are_too_much(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     both = ("--workers", "2", "--scheduler", "tcp://127.0.0.1:9")
-    code, _, errors = finished(start("-m", "onnxc", *calibrate(tmp_path / "a", *both)))
-    assert code == 2
-    assert "give one" in errors
+    assert run(calibrate(tmp_path / "a", *both)) == 2
+    assert "give one" in capsys.readouterr().err
 
 
 READY = """
