@@ -50,7 +50,7 @@ PATIENCE = 30.0  # seconds without any worker before the work is given up
 POLL = 1.0  # seconds between two looks at the workers
 
 
-def dask() -> Any:
+def library() -> Any:
     """The package `distributed`; OptionError names the extra to install."""
     try:
         import distributed
@@ -71,7 +71,7 @@ def connected(scheduler: str | None = None, workers: int | None = None) -> Itera
         return
     if scheduler is not None and not ADDRESS.fullmatch(scheduler):
         raise OptionError(f"--scheduler {scheduler} is not an address like tcp://10.0.0.1:8786")
-    distributed = dask()
+    distributed = library()
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         address: Any = scheduler
@@ -86,7 +86,9 @@ def _local(distributed: Any, workers: int, folder: str) -> Any:
 
     Memory is bounded by the plan of the work, so Dask neither spills nor stops anything.
     """
-    with _deaf():
+    import dask
+
+    with _deaf(), dask.config.set({"temporary-directory": folder}):
         return distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -254,7 +256,7 @@ class Crew:
         end = time.monotonic() + PATIENCE
         while True:
             with suppress(TimeoutError), self.client.as_current():
-                dask().wait(future, timeout=POLL)
+                library().wait(future, timeout=POLL)
                 return
             if self._threads():
                 end = time.monotonic() + PATIENCE
@@ -271,7 +273,7 @@ class Crew:
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Dask's own errors in a user's words."""
-        distributed = dask()
+        distributed = library()
         try:
             yield
         except distributed.KilledWorker as error:

@@ -104,13 +104,14 @@ def measure(folder: Path, images: int, batch: int, rounds: int) -> None:
         for number in range(rounds):
             single, double = work.run(one), work.run(two)
             alone = pool.submit(apart, *size, None).result()
-            both = max(list(pool.map(apart, *zip(*[(*size, half) for half in (0, 1)]))))
+            halves = [pool.submit(apart, *size, half) for half in (0, 1)]
+            both = max(half.result() for half in halves)
             ratios.append(single / double)
             bounds.append(alone / both)
             speeds.append((images / single, images / double))
             row = (*speeds[-1], ratios[-1], bounds[-1])
             print(f"{number + 1:>10}{row[0]:>12.1f}{row[1]:>12.1f}{row[2]:>8.2f}{row[3]:>10.2f}")
-    middle = [statistics.median(column) for column in (*zip(*speeds), ratios, bounds)]
+    middle = [statistics.median(column) for column in (*zip(*speeds, strict=True), ratios, bounds)]
     print(f"{'median':>10}{middle[0]:>12.1f}{middle[1]:>12.1f}{middle[2]:>8.2f}{middle[3]:>10.2f}")
 
 
