@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -148,14 +149,15 @@ def _nobody(client: Client) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Dask tells of every lost connection; what a user has to know is in errors and notes."""
-    logger = logging.getLogger("distributed")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="distributed")
-        yield
-    logger.setLevel(level)
+    """Dask logs every lost connection; what a user has to know is in errors and notes."""
+    former = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="distributed")
+            yield
+    finally:
+        logging.disable(former)
 
 
 @dataclass
@@ -213,6 +215,7 @@ class Crew:
         except ValueError as error:  # protobuf ends at 2 GiB
             raise ModelError("the model is too large to send to workers") from error
         with self._told():
+            self._check_versions()
             self.client.register_plugin(Job(content), name=name)
         del content
         try:
@@ -220,6 +223,16 @@ class Crew:
         finally:
             with suppress(OSError, RuntimeError, ValueError):  # the scheduler may be gone
                 self.client.unregister_worker_plugin(name)
+
+    def _check_versions(self) -> None:
+        """Raise ClusterError where a worker has no onnxc, or another one than this."""
+        from calib.worker import versions
+
+        mine = versions()["onnxc"]
+        for worker, found in self.client.run(version, "onnxc", on_error="return").items():
+            if found != mine:
+                has = f"onnxc {found}" if isinstance(found, str) else "no onnxc"
+                raise ClusterError(f"worker {worker} has {has}: install onnxc {mine} on it")
 
     def _submit(
         self,
@@ -285,6 +298,12 @@ class Crew:
             raise ClusterError(
                 f"a worker or the scheduler cannot import {error.name}: "
                 "install the same onnxc on every machine of the cluster"
+            ) from error
+        except RuntimeError as error:
+            if "deserialization of the task graph" not in str(error):
+                raise
+            raise ClusterError(
+                "the Dask scheduler has no onnxc, or another one: install the same on every machine"
             ) from error
         except (distributed.CancelledError, distributed.core.CommClosedError) as error:
             place = self.client.scheduler.address if self.client.scheduler else "its address"

@@ -100,8 +100,8 @@ def collect(
         staged = stage_work(source, taps, usable, dataset, memory, batch, threads)
         if staged is not None:
             stats = gather(staged, _counting(staged.plan, dataset, progress))
-            told = () if client is None else (ALONE,)
-            return _collected(stats, direct, (*notes, *told), staged.plan, len(dataset))
+            notes += () if client is None else (ALONE,)
+            return _collected(stats, direct, notes, staged.plan, len(dataset))
     protos = _protos(model, original, wanted)
     plan = plan_runs(protos, taps, usable, dataset, max_memory, batch)
     work = Work(protos, tuple(usable), plan, dataset, threads)
@@ -115,8 +115,8 @@ def collect(
         plan = plan_runs(protos, taps, usable, dataset, max_memory, 1)
         plan = replace(plan, notes=(*plan.notes, note))
         stats = _gather(replace(work, plan=plan), progress, crew)
-    told = () if crew is None else crew.notes
-    return _collected(stats, direct, (*notes, *told), plan, len(dataset))
+    notes += () if crew is None else crew.notes
+    return _collected(stats, direct, notes, plan, len(dataset))
 
 
 def _collected(

@@ -16,6 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from calib.cluster import Crew
+from calib.data import Dataset
 from calib.inputs import Array
 from calib.moments import MomentsObserver
 from calib.observe import Opened, Stats, Work, merged, observe_part, observing, open_segment
@@ -82,15 +83,16 @@ def observe(job: Remote, item: tuple[int, int]) -> Observed:
     """A task: observe one part, for the keys of one segment."""
     work, (segment, number) = job.work, item
     part = work.plan.parts[number]
-    _check_files(work, part)
+    check_files(work.dataset.part(part))
     runs: list[int] = []
     with observing(work.threads) as pool:
         stats = observe_part(work, segment, part, job.opened(segment), pool, runs.append)
     return Observed(packed(stats), sum(runs), dict(work.dataset.source.skipped))
 
 
-def _check_files(work: Work, part: slice) -> None:
-    lost = work.dataset.part(part).unreachable()
+def check_files(dataset: Dataset) -> None:
+    """In a task: raise DataError, naming the worker, where it cannot read the samples."""
+    lost = dataset.unreachable()
     if lost is not None:
         from distributed import get_worker
 

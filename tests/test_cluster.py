@@ -17,18 +17,20 @@ import numpy as np
 import pytest
 from texts import bind, normal
 
-from calib import callables, cluster, collect
+from calib import callables, cluster, collect, worker
 from calib.cluster import AHEAD, Crew, connected
 from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
 from calib.observers import is_equal
 from onnxc import api
 from onnxc.cli import run
+from onnxc.contest import Contest, compared
 from onnxc.core import Key
 from onnxc.edit import constants
 from onnxc.errors import ClusterError, DataError, OptionError
-from onnxc.graph import Model, load
+from onnxc.graph import Model, load, to_bytes
 from onnxc.moments import moments_keys
 from onnxc.request import input_specs
+from onnxc.runtime import Runtime
 
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
@@ -144,7 +146,7 @@ def test_the_model_is_unpacked_once_by_each_worker(workers: Any) -> None:
     new = [count for w in after for name, count in after[w].items() if name not in before[w]]
     assert new == [1] * len(new)
     assert 1 <= len(new) <= 2
-    assert client.run(jobs_left) == {worker: [] for worker in after}
+    assert client.run(jobs_left) == {place: [] for place in after}
 
 
 def test_a_model_that_only_declares_a_free_batch_is_run_one_by_one(workers: Any) -> None:
@@ -230,6 +232,26 @@ def test_a_task_that_kills_every_worker_ends_in_a_sentence(workers: Any) -> None
     assert list(Crew(with_workers(workers, 2)).each(twice, 1, [1])) == [2]
 
 
+def test_without_any_worker_the_work_is_given_up(
+    workers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "PATIENCE", 1.0)
+    workers.cluster.scale(0)
+    while workers.nthreads():
+        time.sleep(0.05)
+    with pytest.raises(ClusterError, match="has no workers any more"):
+        list(Crew(workers).each(twice, 0, [0]))
+
+
+def test_a_worker_with_another_onnxc_is_refused(
+    workers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = with_workers(workers, 1)
+    monkeypatch.setattr(worker, "versions", lambda: {"onnxc": "9.9"})
+    with pytest.raises(ClusterError, match=r"worker tcp\S+ has onnxc .*: install onnxc 9\.9 on it"):
+        list(Crew(client).each(twice, 0, [0]))
+
+
 def test_quantize_writes_the_same_file(workers: Any, tmp_path: Path) -> None:
     files = []
     settings = api.QuantizeSettings(format="qdq", ranges="minmax")
@@ -241,6 +263,19 @@ def test_quantize_writes_the_same_file(workers: Any, tmp_path: Path) -> None:
         assert any("Dask worker" in note for note in found.notes) == (client is not None)
         files.append(output.read_bytes())
     assert files[0] == files[1]
+
+
+def test_candidates_are_compared_by_workers_as_they_are_here(workers: Any) -> None:
+    contest = Contest(
+        to_bytes(load(MODEL)),
+        {name: to_bytes(changed(load(MODEL))) for name in ("a", "b")},
+        digits(20),
+        Runtime(),
+        batch=4,
+    )
+    here = list(compared(contest, None))
+    assert list(compared(contest, with_workers(workers, 2))) == here
+    assert here[0].sqnr < 60
 
 
 # --- what travels
