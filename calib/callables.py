@@ -10,8 +10,10 @@ import importlib
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from threading import Lock
+from typing import Any
 
 from numpy.lib import format as npy
 
@@ -24,6 +26,7 @@ RAISED = (  # by the user's own module, whose faults are told in one sentence to
     *(NameError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
 )
 IN_MEMORY = 64 << 20  # bytes of a callable's arrays that are kept before they go to a file
+MOST = 1 << 30  # bytes of them that are sent to other processes
 
 
 def call(text: str, inputs: Sequence[InputSpec], samples: int | None) -> list[Block]:
@@ -50,13 +53,13 @@ def spool(
     items: Iterable[Any], inputs: Sequence[InputSpec], origin: str, samples: int | None
 ) -> Iterator[Block]:
     """The items as blocks whose arrays lie in one temporary file, read back one at a time."""
-    file = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 - lives as long as its blocks
+    kept = Spool()
     missing, is_empty = sys.maxsize if samples is None else samples, True
     for number, item in enumerate(items):
         if missing <= 0:
             return
         named = _named(item, inputs, f"item {number} of {origin}")
-        block = _spooled(file, mapping(named, f"item {number} of {origin}"))
+        block = _spooled(kept, mapping(named, f"item {number} of {origin}"))
         missing -= Fit.of(block, inputs).count
         is_empty = False
         yield block
@@ -64,18 +67,46 @@ def spool(
         raise DataError(f"{origin} yields nothing")
 
 
-def _spooled(file: IO[bytes], block: Block) -> Block:
-    offsets = {}
-    for name in block.headers:
-        offsets[name] = file.seek(0, 2)
-        npy.write_array(file, block.load(name), allow_pickle=False)
+class Spool:
+    """Arrays one after the other in a temporary file, which lives as long as this."""
 
-    def load(name: str) -> Array:
-        file.seek(offsets[name])
-        array: Array = npy.read_array(file, allow_pickle=False)
-        return array
+    def __init__(self, content: bytes = b"") -> None:
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
+        self._turn = Lock()  # of the threads that move in the file
+        self._file.write(content)
 
-    return Block(block.origin, block.headers, load)
+    def add(self, array: Array) -> int:
+        """Where the array lies from now on."""
+        place = self._file.seek(0, 2)
+        npy.write_array(self._file, array, allow_pickle=False)
+        return place
+
+    def read(self, place: int) -> Array:
+        with self._turn:
+            self._file.seek(place)
+            array: Array = npy.read_array(self._file, allow_pickle=False)
+            return array
+
+    def __reduce__(self) -> tuple[type[Spool], tuple[bytes]]:
+        """It travels with what it holds. Raises DataError where that is too much."""
+        with self._turn:
+            size = self._file.seek(0, 2)
+            if size > MOST:
+                raise DataError(
+                    f"the data of a Python function, {size >> 20} MiB, are too much to send to "
+                    "workers: save them as .npz files in a folder that every machine has"
+                )
+            self._file.seek(0)
+            return Spool, (self._file.read(),)
+
+
+def _spooled(spool: Spool, block: Block) -> Block:
+    places = {name: spool.add(block.load(name)) for name in block.headers}
+    return Block(block.origin, block.headers, partial(_read, spool, places))
+
+
+def _read(spool: Spool, places: Mapping[str, int], name: str) -> Array:
+    return spool.read(places[name])
 
 
 def _named(item: Any, inputs: Sequence[InputSpec], where: str) -> Mapping[str, Any]:

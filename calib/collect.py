@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 from onnx import ModelProto
 
-from calib import tap
+from calib import remote, tap
+from calib.cluster import Crew
 from calib.data import Dataset
 from calib.inputs import fixed_batch
 from calib.moments import MomentsObserver
@@ -28,7 +30,11 @@ from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.graph import Model, bound, skeleton, to_proto
 from onnxc.stages import Source
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 Progress = Callable[[int, int], None]
+ALONE = "the model ran in stages, which no worker of the cluster takes part in"
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ def collect(
     batch: int | None = None,
     progress: Progress | None = None,
     original: Model | None = None,
+    client: Client | None = None,
 ) -> Collected:
     """Gather the statistics that `keys` name by running the model over the whole dataset.
 
@@ -70,12 +77,15 @@ def collect(
     cores; one is best where others use the machine, for idle threads spin. batch: samples in a run;
     None: as many as are fast and fit. progress: called with (samples done, samples in all).
     original: the model before it was rewritten, for "cross" moments, which are between its tensors
-    and those of one name in `model`.
+    and those of one name in `model`. client: of a Dask cluster, whose workers then run the model;
+    max_memory and threads are those of each. The statistics are the same, to the last bit.
 
     A key whose tensor cannot be observed (inside a body, constant, holding infinity as an attention
     mask does) is left out with a note. Raises OptionError for an unknown tensor or statistic,
-    DataError naming the tensor that holds NaN, ModelError when the model does not run.
+    DataError naming the tensor that holds NaN, ModelError when the model does not run, ClusterError
+    when the workers are lost.
     """
+    dataset = dataset.subset(slice(None))  # parts are the same whatever turns out to be unreadable
     wanted = sorted(set(keys), key=lambda key: (key.name, key.what, str(key)))
     model = bound(model, max_memory or model.memory)
     source = Source(*skeleton(model), model.scratch)
@@ -90,19 +100,22 @@ def collect(
         staged = stage_work(source, taps, usable, dataset, memory, batch, threads)
         if staged is not None:
             stats = gather(staged, _counting(staged.plan, dataset, progress))
+            notes += () if client is None else (ALONE,)
             return _collected(stats, direct, notes, staged.plan, len(dataset))
     protos = _protos(model, original, wanted)
     plan = plan_runs(protos, taps, usable, dataset, max_memory, batch)
     work = Work(protos, tuple(usable), plan, dataset, threads)
+    crew = None if client is None else Crew(client)
     try:
-        stats = _gather(work, progress)
+        stats = _gather(work, progress, crew)
     except ModelError:
         if plan.batch == 1 or fixed_batch(dataset.inputs, dataset.source.axes):
             raise
         note = f"the model does not run on {plan.batch} samples at once, so it was run on one"
         plan = plan_runs(protos, taps, usable, dataset, max_memory, 1)
         plan = replace(plan, notes=(*plan.notes, note))
-        stats = _gather(replace(work, plan=plan), progress)
+        stats = _gather(replace(work, plan=plan), progress, crew)
+    notes += () if crew is None else crew.notes
     return _collected(stats, direct, notes, plan, len(dataset))
 
 
@@ -191,9 +204,11 @@ def _in_order(proto: ModelProto) -> list[str]:
     return [name for node in proto.graph.node for name in node.output]
 
 
-def _gather(work: Work, progress: Progress | None) -> Stats:
-    """Run every segment over every part of the data, and merge in order."""
+def _gather(work: Work, progress: Progress | None, crew: Crew | None = None) -> Stats:
+    """Run every segment over every part of the data, here or by a crew, and merge in order."""
     seen = _counting(work.plan, work.dataset, progress)
+    if crew is not None:
+        return remote.gather(crew, work, seen)
     stats: Stats = {}
     with observing(work.threads) as pool:
         for segment in range(len(work.plan.segments)):

@@ -8,6 +8,7 @@ line up with `labels`; only neighbours of equal shape share a batch.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,15 @@ class Dataset:
         """The samples at these positions, as a Dataset over the same source."""
         positions = chosen if isinstance(chosen, slice) else np.asarray(chosen, np.intp)
         return Dataset(self.inputs, self.source, self._usable()[positions], self.remarks)
+
+    def part(self, chosen: slice) -> Dataset:
+        """These of all the samples: the same ones whatever turned out to be unreadable since."""
+        return Dataset(self.inputs, self.source, self.indices[chosen], self.remarks)
+
+    def unreachable(self) -> Path | None:
+        """A file of these samples that this process may not read; None where it may read all."""
+        files = (self.source.file(int(index)) for index in self.indices)
+        return next((f for f in files if f is not None and not os.access(f, os.R_OK)), None)
 
     def fingerprint(self) -> str:
         """sha256, in hex, over the content of the samples and their preprocessing."""

@@ -120,6 +120,13 @@ class Images:
             self._skip(index, error)
             return None
 
+    def file(self, index: int) -> Path:
+        return self.files[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """It travels with full paths, for another process may run elsewhere."""
+        return {**vars(self), "files": [file.absolute() for file in self.files]}
+
     def content(self, index: int) -> Iterator[bytes]:
         yield self.files[index].read_bytes()
         yield repr(self.plan).encode()

@@ -97,7 +97,7 @@ def observe_part(
     for key, observer in stats.items():
         by_name.setdefault(key.name, []).append(observer)
     axes = work.dataset.source.axes
-    for feed in work.dataset.subset(part).batches(work.plan.batch):
+    for feed in work.dataset.part(part).batches(work.plan.batch):
         rows = rows_of(feed, axes)
         _observe(opened, feed, by_name, rows, pool)
         if seen is not None:

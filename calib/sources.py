@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -52,6 +53,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def feed(self, index: int) -> Feed | None: ...
     def content(self, index: int) -> Iterator[bytes]: ...
+    def file(self, index: int) -> Path | None: ...
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,16 @@ class Header:
 
 @dataclass(frozen=True)
 class Block:
-    """Named arrays of one file, set or item. `whole`: a complete feed that must not be split."""
+    """Named arrays of one file, set or item. `whole`: a complete feed that must not be split.
+
+    file: the full path of the file or set, None for arrays that lie in none.
+    """
 
     origin: str
     headers: dict[str, Header]
     load: Callable[[str], Array]
     whole: bool = False
+    file: Path | None = None
 
 
 class Blocks:
@@ -111,11 +117,19 @@ class Blocks:
             yield f"{name}{array.dtype}{array.shape}".encode()
             yield str(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
 
+    def file(self, index: int) -> Path | None:
+        return self._blocks[bisect.bisect_right(self._starts, index) - 1].file
+
+    def __getstate__(self) -> dict[str, Any]:
+        """It travels without what it has read of files."""
+        return {**vars(self), "_loaded": (-1, {})}
+
     def _arrays(self, number: int) -> dict[str, Array]:
-        if self._loaded[0] != number:
+        loaded = self._loaded  # of this thread's turn: others may load in between
+        if loaded[0] != number:
             names, load = self._fits[number].names, self._blocks[number].load
-            self._loaded = (number, {name: load(source) for name, source in names.items()})
-        return self._loaded[1]
+            loaded = self._loaded = (number, {name: load(source) for name, source in names.items()})
+        return loaded[1]
 
     def _read_labels(self) -> Array | None:
         carriers = [b for b, f in zip(self._blocks, self._fits, strict=True) if f.has_labels]
@@ -215,7 +229,8 @@ def numpy_file(path: Path) -> Block:
             )
     if not headers:
         raise DataError(f"{path} holds no arrays")
-    return Block(str(path), headers, lambda name: _load(path, name))
+    full = path.absolute()
+    return Block(str(path), headers, partial(_load, full), file=full)
 
 
 def _npy_header(path: Path) -> Header:
@@ -282,12 +297,16 @@ def onnx_set(folder: Path, inputs: Sequence[InputSpec]) -> Block:
     given = [t.name for t in tensors]
     expected = [i.name for i in inputs]
     names = given if set(given) == set(expected) else expected
-    paths = dict(zip(names, files, strict=True))
+    paths = {name: file.absolute() for name, file in zip(names, files, strict=True)}
     arrays = dict(zip(names, map(onnx.numpy_helper.to_array, tensors), strict=True))
     headers = {name: Header(a.shape, a.dtype) for name, a in arrays.items()}
-    return Block(
-        str(folder), headers, lambda n: onnx.numpy_helper.to_array(_tensor(paths[n])), whole=True
-    )
+    load = partial(_from_set, paths)
+    return Block(str(folder), headers, load, whole=True, file=folder.absolute())
+
+
+def _from_set(paths: Mapping[str, Path], name: str) -> Array:
+    array: Array = onnx.numpy_helper.to_array(_tensor(paths[name]))
+    return array
 
 
 def _tensor(path: Path) -> onnx.TensorProto:

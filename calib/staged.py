@@ -44,7 +44,7 @@ class StagedWork:
     def feeds(self) -> Iterator[Feed]:
         """The batches, part by part."""
         for part in self.plan.parts:
-            yield from self.dataset.subset(part).batches(self.plan.batch)
+            yield from self.dataset.part(part).batches(self.plan.batch)
 
     def part_of(self) -> list[int]:
         """The part that each batch is of."""

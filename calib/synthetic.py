@@ -138,6 +138,9 @@ class Synthetic:
         values = drawn_from(observed, math.prod(shape), rng)
         return _looking_natural(values, shape, rng).astype(spec.dtype)
 
+    def file(self, index: int) -> None:
+        return None
+
     def content(self, index: int) -> Iterator[bytes]:
         for name, array in self.feed(index).items():
             yield f"{name}{array.dtype}{array.shape}".encode()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onnxc.api import quantize as quantize
     from onnxc.api import save as save
     from onnxc.api import validate as validate
+    from onnxc.errors import ClusterError as ClusterError
     from onnxc.errors import DataError as DataError
     from onnxc.errors import ModelError as ModelError
     from onnxc.errors import OnnxcError as OnnxcError
@@ -34,7 +35,7 @@ _HOMES = {
         *("QuantizeSettings", "benchmark", "calibrate", "inspect", "load", "preview"),
         *("merge_statistics", "quantize", "save", "validate"),
     ),
-    "onnxc.errors": ("DataError", "ModelError", "OnnxcError", "OptionError"),
+    "onnxc.errors": ("ClusterError", "DataError", "ModelError", "OnnxcError", "OptionError"),
 }
 _EXPORTS = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calib.data import Dataset, Preprocess
 from onnxc import recipe as recipes
@@ -54,6 +54,9 @@ from onnxc.runtime import Runtime
 from onnxc.search import untimed
 from onnxc.vectors import write_vectors
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 __all__ = [
     "QuantizeSettings",
     "benchmark",
@@ -85,6 +88,7 @@ def quantize(
     max_drop: float | None = None,
     strict: bool = False,
     progress: Progress | None = None,
+    client: Client | None = None,
     **override: Any,
 ) -> Report:
     """Make a model smaller and faster in few-bit integers, and prove it.
@@ -96,14 +100,17 @@ def quantize(
     to write, by default MODEL with the suffix .int8.onnx. recipe: what to do; where it names no
     passes, `settings` choose them. runtime: how models are run and timed.
     max_drop: points of top-1 (without labels: of disagreement) that may be lost; with `strict` a
-    result that loses more is not written. override: what goes before the keys of the recipe:
-    target, seed, include, exclude, samples, max_memory, preprocess.
+    result that loses more is not written. client: of a Dask cluster, whose workers then gather the
+    statistics and compare the candidates; they are timed here. override: what goes before the keys
+    of the recipe: target, seed, include, exclude, samples, max_memory, preprocess.
 
-    Raises ModelError, DataError or OptionError; nothing is written then.
+    Raises ModelError, DataError, OptionError or ClusterError; nothing is written then.
     """
     start = time.perf_counter()
     say = progress or silent
-    job = checked(model, data, val, stats, output, recipe, settings, runtime, say, override)
+    job = checked(
+        *(model, data, val, stats, output, recipe, settings, runtime, say, override, client)
+    )
     if max_drop is not None:  # told now where there are no classes
         same = subject(job.path, job.calibration.max_memory)
         missed_bounds(compare(same, same, job.samples.judge.subset([0]), runtime), max_drop)

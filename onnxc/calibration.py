@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -57,6 +57,9 @@ from onnxc.shapes import infer
 from onnxc.targets import Target
 from passes.equalize import Equalize
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 KINDS = ("range", "histogram", "mean", "peak", "moments")
 WHAT = ("histogram", "peak", "moments")
 
@@ -72,10 +75,12 @@ def calibrate(
     seed: int = 0,
     max_memory: int | None = None,
     progress: Progress | None = None,
+    client: Client | None = None,
 ) -> Calibrated:
     """Gather what passes may want of a model, and write it to a file, to merge or reuse.
 
-    what: of KINDS. Raises ModelError, DataError or OptionError; nothing is written then.
+    what: of KINDS. client: of a Dask cluster, whose workers then run the model. Raises ModelError,
+    DataError, OptionError or ClusterError; nothing is written then.
     """
     start, path, say = time.perf_counter(), existing(model), progress or silent
     _check_what(what)
@@ -99,6 +104,7 @@ def calibrate(
             threads=THREADS,
             batch=1,
             progress=counting(say, "calibrating"),
+            client=client,
         )
     made = (Made.here(found.batch),)
     digests = tuple(sorted(dataset.digests()))

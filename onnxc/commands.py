@@ -119,6 +119,7 @@ def bench(context: click.Context, /, **settings: Any) -> None:
 @options.from_fields(api.QuantizeSettings)
 @options.nodes
 @options.max_memory
+@options.cluster
 @options.runtime
 @options.seed
 @click.option("--max-drop", type=float, help="Points of top-1 (or agreement) that may be lost.")
@@ -130,15 +131,14 @@ def bench(context: click.Context, /, **settings: Any) -> None:
 def quantize(context: click.Context, /, **settings: Any) -> int:
     """Make MODEL smaller and faster in few-bit integers, and prove it."""
     request = _request(context, settings)
-    with progress(settings) as say:
-        if settings["dry_run"]:
-            effect = api.preview(settings["model"], **request, progress=say)
-        else:
-            bounds = _some(settings, "max_drop", "strict")
-            found = api.quantize(settings["model"], **request, **bounds, progress=say)
     if settings["dry_run"]:
+        with progress(settings) as say:
+            effect = api.preview(settings["model"], **request, progress=say)
         show(effect, console.render_preview, settings["as_json"], settings["quiet"])
         return 0
+    bounds = _some(settings, "max_drop", "strict")
+    with progress(settings) as say, options.cluster_of(context, settings["model"]) as client:
+        found = api.quantize(settings["model"], **request, **bounds, progress=say, client=client)
     show(found, console.render, settings["as_json"], settings["quiet"])
     if settings["print_recipe"] and not settings["as_json"]:
         click.echo(found.recipe)
@@ -173,21 +173,26 @@ def _request(context: click.Context, settings: dict[str, Any]) -> dict[str, Any]
 @options.data()
 @options.what
 @options.max_memory
+@options.cluster
 @options.seed
 @options.shown
 @click.pass_context
 def calibrate(context: click.Context, /, **settings: Any) -> None:
     """Gather the statistics of MODEL alone, or merge those of parts of the data."""
-    with progress(settings) as say:
-        if settings["merge"]:
-            _refuse_beside(context, "--merge", ("data", "samples", "what", "max_memory", "seed"))
+    if settings["merge"]:
+        without = ("data", "samples", "what", "max_memory", "seed", "workers", "scheduler")
+        _refuse_beside(context, "--merge", without)
+        with progress(settings):
             found = api.merge_statistics(settings["model"], output=settings["output"])
-        else:
-            _check_one_model(settings)
+    else:
+        _check_one_model(settings)
+        model = settings["model"][0]
+        with progress(settings) as say, options.cluster_of(context, model) as client:
             found = api.calibrate(
-                settings["model"][0],
+                model,
                 preprocess=options.preprocess_of(context),
                 progress=say,
+                client=client,
                 **_some(settings, "data", "output", "what", "samples", "seed", "max_memory"),
             )
     show(found, console.render_calibrated, settings["as_json"], settings["quiet"])

@@ -15,3 +15,7 @@ class DataError(OnnxcError):
 
 class OptionError(OnnxcError):
     """An option, recipe key or node selector does not make sense for this model."""
+
+
+class ClusterError(OnnxcError):
+    """Workers on other processors cannot be reached, or do not live long enough to work."""

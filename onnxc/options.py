@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from click.core import ParameterSource
 
+from calib.cluster import connected
 from calib.data import PRESETS, Preprocess
 from onnxc import typed
 from onnxc.calibration import KINDS, WHAT
+from onnxc.paths import existing
 from onnxc.runtime import LEVELS, Runtime
 from onnxc.targets import TARGETS
 
@@ -177,6 +180,18 @@ def runtime_of(context: click.Context) -> Runtime:
     return Runtime(**given(context, ("threads", "level", "provider")))
 
 
+@contextmanager
+def cluster_of(context: click.Context, model: Path) -> Iterator[Any]:
+    """The client that the options ask for, None for none; processes started here end with it."""
+    workers, scheduler = context.params["workers"], context.params["scheduler"]
+    if workers and scheduler:
+        raise click.UsageError("--workers starts processes here, --scheduler uses others: give one")
+    if workers or scheduler:
+        existing(model)  # before anything is started
+    with connected(scheduler, workers) as client:
+        yield client
+
+
 def group_of(*options: Decorator[Any]) -> Decorator[Any]:
     """Several options as one decorator, shown in this order."""
 
@@ -263,6 +278,18 @@ what = click.option(
     show_default=True,
     metavar="LIST",
     help=f"Which statistics: of {', '.join(KINDS)}.",
+)
+cluster = group_of(
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Gather statistics in this many processes of this machine.",
+    ),
+    click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Gather them on the workers of a Dask scheduler, such as tcp://10.0.0.1:8786.",
+    ),
 )
 recipes = group_of(
     click.option(

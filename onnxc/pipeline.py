@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -36,6 +36,9 @@ from passes.merge_bias import MergeBias
 from passes.simplify_shapes import SimplifyShapes
 from passes.upgrade_opset import UpgradeOpset
 from passes.widen import Widen
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 PREPARATION: tuple[Pass, ...] = (
     UpgradeOpset(),
@@ -129,7 +132,8 @@ class Calibration:
     """What passes may have statistics of, and what gathering them may take.
 
     dataset: None where there are only statistics gathered before. max_memory: bytes of the process,
-    or None. notes: gets sentences for the report. known: statistics of the prepared model.
+    or None. notes: gets sentences for the report. known: statistics of the prepared model. client:
+    of a Dask cluster, whose workers then run the model.
     """
 
     dataset: Dataset | None
@@ -138,6 +142,7 @@ class Calibration:
     notes: list[str] = field(default_factory=list)
     memo: dict[Any, dict[Key, Any]] = field(default_factory=dict, repr=False)
     known: Statistics | None = None
+    client: Client | None = None
 
     def answers(self, wanted: Collection[Key]) -> dict[Key, Any]:
         """What is known of the prepared model."""
@@ -233,8 +238,13 @@ def _collect(
     calibration: Calibration,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[Key, Any]:
-    bound, threads = calibration.max_memory, calibration.threads
-    found = collect(model, keys, dataset, max_memory=bound, threads=threads, progress=progress)
+    found = collect(
+        *(model, keys, dataset),
+        max_memory=calibration.max_memory,
+        threads=calibration.threads,
+        progress=progress,
+        client=calibration.client,
+    )
     calibration.notes.extend(note for note in found.notes if note not in calibration.notes)
     return dict(found.stats)
 

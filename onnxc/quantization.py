@@ -203,14 +203,16 @@ def quantize_model(
     tried = attempt(model, calibration, feed, target, settings, only, passes, seed, progress)
     if progress is not None:
         progress("measuring")
-    found, latency = search.trials(original, tried.built, judge, runtime)
+    found, latency = search.trials(original, tried.built, judge, runtime, client=calibration.client)
     chosen = search.best(found)
     is_free = settings == QuantizeSettings() and not passes  # nothing was asked for by name
     safe = search.fallback(calibration.dataset is not None)
     if is_free and search.falls_short(chosen) and not safe.keys() & tried.ways.keys():
         more = search.build(model, safe, tried.context, calibration, feed, progress)
         tried = replace(tried, ways={**tried.ways, **safe}, built={**tried.built, **more})
-        found, latency = search.trials(original, tried.built, judge, runtime)
+        found, latency = search.trials(
+            original, tried.built, judge, runtime, client=calibration.client
+        )
         chosen = search.best(found)
     comparison = chosen.comparison
     if validation is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calib import statistics
 from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
@@ -33,6 +33,9 @@ from onnxc.selectors import Selector
 from onnxc.stages import open_stages
 from onnxc.targets import Target
 from onnxc.targets import choose as choose_target
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 ModelPath = str | Path
 Progress = Callable[[str], None]
@@ -116,6 +119,7 @@ def checked(
     runtime: Runtime,
     say: Progress,
     override: dict[str, Any],
+    client: Client | None = None,
 ) -> Job:
     """Check everything that can be checked at once, the cheapest first."""
     path = existing(model)
@@ -140,7 +144,7 @@ def checked(
     exact = replace(
         given, target=row.name, calibration=replace(given.calibration, max_memory=memory)
     )
-    calibration = Calibration(samples.kept, memory, threads=THREADS, known=known)
+    calibration = Calibration(samples.kept, memory, threads=THREADS, known=known, client=client)
     return Job(path, place, opened, row, only, exact, source, calibration, samples)
 
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from calib.data import Dataset
 from onnxc.bench import Latency, Ratio, speedup, time_interleaved
-from onnxc.check import Comparison, compare
+from onnxc.check import Comparison
+from onnxc.contest import Contest, compared
 from onnxc.core import Context, Pass
 from onnxc.cost import free_dimensions, heavy_nodes
 from onnxc.graph import Model, copy, to_bytes
@@ -38,6 +39,9 @@ from passes.quantize_weights import QuantizeWeights
 from passes.share_constants import ShareConstants
 from passes.to_qoperator import ToQOperator
 from passes.upgrade_opset import UpgradeOpset
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 Format = Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"]
 
@@ -236,17 +240,21 @@ def trials(
     heldout: Dataset,
     runtime: Runtime,
     repeats: int = 30,
+    client: Client | None = None,
 ) -> tuple[list[Trial], Latency | None]:
     """Measure built candidates against the original on held-out samples, timed in turn.
 
-    Models that memory does not hold together are not timed.
+    Models that memory does not hold together are not timed. client: of a Dask cluster, whose
+    workers then compare; times are always those of this process.
     """
     subjects = {name: _subject(result) for name, (result, _) in built.items()}
     whole = _subject(original)
     times = _times(whole, subjects, heldout, runtime, repeats)
+    contest = Contest(whole, subjects, heldout, runtime, batch=FEW)
     found = []
-    for name, (result, steps) in built.items():
-        comparison = compare(whole, subjects[name], heldout, runtime, batch=FEW)
+    for (name, (result, steps)), comparison in zip(
+        built.items(), compared(contest, client), strict=True
+    ):
         before, after = times.get(name, (None, None))
         ratio = speedup(before, after) if before and after else None
         found.append(Trial(name, result, steps, comparison, file_size(result), after, ratio))
