@@ -79,9 +79,10 @@ def snapshot(model: Model, feed: Feed | None, runtime: Runtime = Runtime()) -> S
 
 def _outputs(model: Model, feed: Feed | None, runtime: Runtime) -> dict[str, Any] | None:
     """One run, for which a model that does not fit in memory is not worth packing."""
-    staged = open_stages(model, feed, runtime)
+    lean = replace(runtime, lean=True)
+    staged = open_stages(model, feed, lean)
     if not staged.is_whole:
-        staged = open_stages(model, feed, replace(runtime, packs=False))
+        staged = open_stages(model, feed, replace(lean, packs=False))
     if feed is not None:
         return staged.once(feed)
     if staged.is_whole:

@@ -197,7 +197,7 @@ def try_out(path: Path, dataset: Dataset, runtime: Runtime, memory: int | None =
 def _run_once(model: Path | Model, feed: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
     if isinstance(model, Model):
         return open_stages(model, feed, replace(runtime, packs=False)).once(feed)
-    return run(session(model, runtime), feed)
+    return run(session(model, replace(runtime, lean=True)), feed)
 
 
 def input_specs(model: Path) -> list[InputSpec]:

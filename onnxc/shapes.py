@@ -185,7 +185,7 @@ def _opened(
         source = Source(proto, held, model.scratch)
         return staged(source, model.memory, feed, runtime, names).once, {}
     with stored(proto, held) as whole:
-        opened = session(whole, Runtime(level="basic"))
+        opened = session(whole, Runtime(level="basic", lean=True))
     types = {port.name: dtype_of(port.type) for port in opened.get_outputs()}
     return partial(run, opened, outputs=names), types
 

@@ -99,10 +99,13 @@ class Staged:
         return self.session(whole[0], Boundary())
 
     def once(self, feed: Feed) -> dict[str, Array]:
-        """Outputs of one run on one batch. Raises ModelError."""
-        found: dict[str, Array] = {}
+        """Outputs of one run on one batch, copied: a view keeps all memory of its session.
+
+        Raises ModelError.
+        """
+        found: dict[str, Any] = {}
         for _, _, made in self.run(lambda: (feed,)):
-            found |= made if self.is_whole else {n: np.array(x) for n, x in made.items()}
+            found |= {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in made.items()}
         return found
 
     def run(self, feeds: Feeds) -> Iterator[tuple[int, int, dict[str, Array]]]:

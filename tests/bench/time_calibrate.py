@@ -40,17 +40,17 @@ def main() -> None:
     if given.worker:
         print(json.dumps(peak(given.worker)))
         return
-    print(f"{'images':>10s}{'threads':>9s}{'inference':>11s}{'statistics':>12s}{'ratio':>7s}")
-    for reads in ("in memory", "from files"):
-        for threads in (1, 2):
-            print(line(reads, threads, given.rounds))
-    for count in given.images:
+    for count in given.images:  # first, for a child's peak counts from the size of this process
         done = subprocess.run(
             [sys.executable, __file__, "--worker", str(count)], capture_output=True, text=True
         )
         if done.returncode:
             sys.exit(done.stderr)
         print(f"{count} images: peak memory {json.loads(done.stdout) / 1e6:.0f} MB")
+    print(f"{'images':>10s}{'threads':>9s}{'inference':>11s}{'statistics':>12s}{'ratio':>7s}")
+    for reads in ("in memory", "from files"):
+        for threads in (1, 2):
+            print(line(reads, threads, given.rounds))
 
 
 def line(reads: str, threads: int, rounds: int) -> str:
