@@ -164,6 +164,7 @@ def attempt(
     """
     prepared = prepare(model, feed, progress=progress)
     check_prepared(model, calibration)
+    calibration = replace(calibration, original=model)
     infer(model, feed)
     context = Context(opset(model.graph), target, seed=seed, only=only)
     ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges

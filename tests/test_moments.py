@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from texts import bind, normal
+from texts import context as context_of
 
 from calib.collect import collect
 from calib.data import Dataset, InputSpec, open_data
 from calib.moments import CrossObserver, MomentsObserver, bytes_of, widths
 from calib.observers import is_equal
 from calib.plan import BASE, MIB, MOST_PARTS, parts
-from onnxc.core import Key
+from onnxc.core import Change, Context, Key, Skip
 from onnxc.errors import OptionError
 from onnxc.graph import load
 from onnxc.moments import moments_key, moments_keys, why_no_moments
 from onnxc.numerics.patches import Window, rows
+from onnxc.pipeline import Calibration, compress
 
 Array = NDArray[Any]
 ALL = 10**9
@@ -183,6 +188,31 @@ def test_cross_moments_are_between_a_model_and_its_original() -> None:
         np.testing.assert_allclose(found[key].cross, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_pass_gets_cross_moments_with_the_model_that_was_prepared() -> None:
+    @dataclass(frozen=True)
+    class Sequential:
+        """Wants to know how the input of every layer differs from what it was."""
+
+        name: ClassVar[str] = "sequential"
+        lossless: ClassVar[bool] = True
+
+        def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
+            keys = (moments_key(node, "cross") for node in graph.nodes)
+            return [key for key in keys if key is not None]
+
+        def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+            halved = context.stats[moments_key(graph.nodes[1], "cross")]
+            np.testing.assert_allclose(halved.cross, 2 * halved.second, rtol=1e-4, atol=1e-5)
+            return [Skip("done", f"{len(context.stats)} layers seen")]
+
+    original, current = load(network()), load(network())
+    current.graph.nodes[0].inputs[1].values = current.graph.nodes[0].inputs[1].values / 2
+    calibration = Calibration(dataset(), original=original)
+    (step,) = compress(current, [Sequential()], context_of(current), calibration)
+    assert not step.problems
+    assert step.skips == (Skip("done", "5 layers seen"),)
+
+
 def test_cross_moments_without_an_original_are_refused() -> None:
     model = load(network())
     with pytest.raises(OptionError, match="need the original model"):
@@ -203,7 +233,7 @@ def test_memory_decides_the_blocks_and_the_report_says_so() -> None:
     data = open_data({"x": normal(20, 1200)}, [InputSpec("x", np.dtype(np.float32), ("N", 1200))])
     key = moments_keys(model.graph).popitem()[1]
     whole = collect(model, [key], data)
-    bound = BASE + 13 * MIB
+    bound = BASE + 16 * MIB
     cut = collect(model, [key], data, max_memory=bound)
     assert whole.stats[key].block is None and not whole.notes
     assert cut.stats[key].block == 600
