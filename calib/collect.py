@@ -25,6 +25,7 @@ from calib.observe import Stats, Work, merged, observe_part, observing, open_seg
 from calib.observers import OBSERVERS, HistogramObserver, Streaming
 from calib.plan import Plan, plan_runs
 from calib.staged import gather, stage_work
+from onnxc.boundary import release
 from onnxc.core import Key
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.graph import Model, bound, skeleton, to_proto
@@ -87,6 +88,7 @@ def collect(
     """
     dataset = dataset.subset(slice(None))  # parts are the same whatever turns out to be unreadable
     wanted = sorted(set(keys), key=lambda key: (key.name, key.what, str(key)))
+    release()  # what preparing the model took and gave back
     model = bound(model, max_memory or model.memory)
     source = Source(*skeleton(model), model.scratch)
     _add_differences(source.proto, wanted)

@@ -35,7 +35,7 @@ from onnxc.numerics.patches import Floats, Window, length, rows
 Array = NDArray[Any]
 
 SHARE, FEWEST, MOST = 12, 8, 32  # rows of a sample: clip(d / SHARE, FEWEST, MOST)
-LEAST_WAITING, MOST_WAITING = 1 << 18, 1 << 21  # bytes of rows that are multiplied at once
+LEAST_WAITING, MOST_WAITING = 1 << 18, 1 << 20  # bytes of rows that are multiplied at once
 
 
 def _nothing() -> Floats:
