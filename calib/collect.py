@@ -20,9 +20,8 @@ from calib import remote, tap
 from calib.cluster import Crew
 from calib.data import Dataset
 from calib.inputs import fixed_batch
-from calib.moments import MomentsObserver
 from calib.observe import Stats, Work, merged, observe_part, observing, open_segment
-from calib.observers import OBSERVERS, HistogramObserver, Streaming
+from calib.observers import OBSERVERS, Streaming
 from calib.plan import Plan, plan_runs
 from calib.staged import gather, stage_work
 from onnxc.boundary import release
@@ -43,9 +42,7 @@ class Collected:
     """Statistics and what gathering them took.
 
     notes: sentences for the report. samples: seen in each segment. estimate: planned bytes of the
-    process. peak_rss: largest resident bytes of the process up to now; rss: those now. binned:
-    share of the values that the histograms hold; minimum and maximum saw all. rows: share of the
-    rows of layers that the moments hold.
+    process. peak_rss: largest resident bytes of the process up to now; rss: those now.
     """
 
     stats: dict[Key, Streaming]
@@ -56,8 +53,6 @@ class Collected:
     estimate: int
     peak_rss: int
     rss: int
-    binned: float = 1.0
-    rows: float = 1.0
 
 
 def collect(
@@ -127,7 +122,7 @@ def _collected(
     stats, infinite = _finite(stats, fed)
     notes = (*notes, *plan.notes, *infinite)
     shape = (samples, plan.batch, len(plan.segments), plan.estimate)
-    return Collected(stats, notes, *shape, *resident(), _binned(stats), _share_of_rows(stats))
+    return Collected(stats, notes, *shape, *resident())
 
 
 def _protos(model: Model, original: Model | None, keys: Sequence[Key]) -> tuple[ModelProto, ...]:
@@ -245,15 +240,3 @@ def _finite(stats: Mapping[Key, Streaming], fed: Collection[str]) -> tuple[Stats
     infinite = sorted({key.tensor for key, observer in stats.items() if not observer.is_finite})
     notes = (f"tensor {n!r} holds infinite values, so it has no statistics" for n in infinite)
     return {k: o for k, o in stats.items() if o.is_finite}, tuple(notes)
-
-
-def _binned(stats: Mapping[Key, Streaming]) -> float:
-    histograms = [o for o in stats.values() if isinstance(o, HistogramObserver)]
-    seen, binned = sum(o.count for o in histograms), sum(o.binned for o in histograms)
-    return binned / seen if seen else 1.0
-
-
-def _share_of_rows(stats: Mapping[Key, Streaming]) -> float:
-    moments = [o for o in stats.values() if isinstance(o, MomentsObserver)]
-    seen, available = sum(o.count for o in moments), sum(o.available for o in moments)
-    return seen / available if available else 1.0
