@@ -76,8 +76,6 @@ class Channels:
 
     def _group(self, numbers: tuple[int, ...], roots: list[int], why: str) -> Group:
         slots = tuple(self.slots[number] for number in numbers)
-        if not why and not any(slot.role == "reads" for slot in slots):
-            why = "no weight reads them"
         return Group(np.array(sorted(roots), np.int64), slots, why)
 
 
