@@ -79,19 +79,19 @@ class Channels:
         return Group(np.array(sorted(roots), np.int64), slots, why)
 
 
-def find_channels(graph: gs.Graph, allowed: Collection[str] | None = None) -> Channels:
+def find_channels(graph: gs.Graph, excluded: Collection[str] = ()) -> Channels:
     """Follow every channel of a graph; shapes must have been inferred.
 
-    allowed: names of the nodes whose constants may be cut; None for all.
+    excluded: names of nodes whose constants must stay as they are.
     """
     splits: dict[str, Split] = {}
-    first = _Trace(graph, allowed, splits)
+    first = _Trace(graph, excluded, splits)
     found = first.channels()
     wrong = [name for name, axes in first.split.items() if _is_stuck(found, axes)]
     if not wrong:
         return found
     splits.update(dict.fromkeys(wrong, "inner"))
-    second = _Trace(graph, allowed, splits)
+    second = _Trace(graph, excluded, splits)
     other = second.channels()
     return other if _free(other) > _free(found) else found
 
@@ -111,7 +111,7 @@ class _Trace:
     """One way through a graph, node after node."""
 
     def __init__(
-        self, graph: gs.Graph, allowed: Collection[str] | None, splits: Mapping[str, Split]
+        self, graph: gs.Graph, excluded: Collection[str], splits: Mapping[str, Split]
     ) -> None:
         self.ties = Ties()
         self.slots: list[Slot] = []
@@ -120,7 +120,7 @@ class _Trace:
         self.copied: dict[str, dict[int, int]] = {}
         self.split: dict[str, list[str]] = {}  # nodes that can be cut in two ways, their outputs
         for node in graph.nodes:
-            fixed = "" if allowed is None or node.name in allowed else f"{node.name} is excluded"
+            fixed = f"{node.name} is excluded" if node.name in excluded else ""
             self._visit(node, splits.get(node.name, "outer"), fixed)
         for name in captured(graph):
             self._pin(name, f"a nested body reads {name}")

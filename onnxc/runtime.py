@@ -56,10 +56,12 @@ def session(
     runtime: Runtime = Runtime(),
     dump: Path | None = None,
     folder: Path | None = None,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """Open a model (serialized, or a path). `dump`: also write the optimized graph there.
 
-    folder: where the external data of a serialized model lies.
+    folder: where the external data of a serialized model lies. profile: prefix of the file that
+    takes the times of all kernels, which `end_profiling` closes.
 
     Raises ModelError with ONNX Runtime's first line when it refuses the model.
     """
@@ -73,6 +75,9 @@ def session(
     if dump is not None:
         options.optimized_model_filepath = str(dump)
         options.add_session_config_entry(_DUMPED, f"{dump.name}.data")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if folder is not None:
         options.add_session_config_entry(_FOLDER, str(folder))
     if not runtime.packs:

@@ -30,12 +30,14 @@ Names = frozenset[str]
 class Selector:
     """Patterns over node names; nothing included means everything, and exclusion wins.
 
-    `barred` holds the names that an earlier `resolve` decided against; users leave it empty.
+    `barred` holds the names that an earlier `resolve` decided against, `pinned` those of them that
+    were excluded by name; users leave both empty.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     barred: Names = field(default=frozenset(), repr=False)
+    pinned: Names = field(default=frozenset(), repr=False)
 
     @classmethod
     def parse(cls, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> Self:
@@ -58,12 +60,21 @@ class Selector:
         wanted = _union(self.include, graph, nodes) if self.include else everything
         return wanted - _union(self.exclude, graph, nodes) - self.barred
 
+    def excluded(self, graph: gs.Graph) -> Names:
+        """Names of the nodes that were excluded, and so must not even follow another one's change.
+
+        Raises OptionError for a pattern that matches nothing, with the nearest names.
+        """
+        nodes = [node for inner in walk(graph) for node in inner.nodes]
+        return _union(self.exclude, graph, nodes) | self.pinned
+
     def resolve(self, graph: gs.Graph) -> Selector:
         """The same choice by name alone, which stays valid while passes rewrite the graph."""
         if not (self.include or self.exclude):
             return self
         everything = frozenset(node.name for inner in walk(graph) for node in inner.nodes)
-        return Selector(barred=self.barred | (everything - self.names(graph)))
+        barred = self.barred | (everything - self.names(graph))
+        return Selector(barred=barred, pinned=self.excluded(graph))
 
 
 def matches(pattern: str, graph: gs.Graph, nodes: Sequence[gs.Node]) -> Names:

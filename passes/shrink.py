@@ -34,7 +34,7 @@ class Shrink:
         return ()
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
-        channels = find_channels(graph, context.only.names(graph))
+        channels = find_channels(graph, context.only.excluded(graph))
         groups = channels.groups()
         dead = _dead(graph, channels, groups)
         if not dead:
