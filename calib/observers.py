@@ -236,11 +236,25 @@ class PeakObserver(MeanObserver):
         return self.mean
 
 
+@dataclass
+class ZerosObserver(MeanObserver):
+    """Share of the values that are zero, over the whole tensor or for each channel of `axis`."""
+
+    def update(self, x: Array, samples: int | None = None) -> None:
+        """Count every value of `x`; NaN stays NaN."""
+        super().update(np.where(np.isfinite(x), (x == 0).astype(np.float32), x))
+
+    @property
+    def zeros(self) -> NDArray[np.float64]:
+        return self.mean
+
+
 OBSERVERS: dict[str, Callable[..., Streaming]] = {
     "range": RangeObserver,
     "histogram": HistogramObserver,
     "mean": MeanObserver,
     "peak": PeakObserver,
+    "zeros": ZerosObserver,
     "moments": MomentsObserver,
     "cross": CrossObserver,
 }

@@ -23,6 +23,7 @@ from calib.observers import (
     PeakObserver,
     RangeObserver,
     Streaming,
+    ZerosObserver,
     exponent_of,
     observer_of,
 )
@@ -120,8 +121,8 @@ def _histogram_facts(observer: HistogramObserver, key: Key) -> Facts:
 def _mean_facts(observer: MeanObserver, key: Key) -> Facts:
     yield observer.count > 0, "a count is negative"
     yield observer.total.ndim == (key.axis is not None), "a sum has a wrong shape"
-    is_peak = isinstance(observer, PeakObserver)
-    yield not is_peak or bool((observer.total >= 0).all()), "a peak is negative"
+    kind = {PeakObserver: "peak", ZerosObserver: "count of zeros"}.get(type(observer))
+    yield kind is None or bool((observer.total >= 0).all()), f"a {kind} is negative"
 
 
 def _moments_facts(observer: MomentsObserver, key: Key) -> Facts:
@@ -147,6 +148,7 @@ FACTS: dict[type[Any], Callable[[Any, Key], Facts]] = {
     HistogramObserver: _histogram_facts,
     MeanObserver: _mean_facts,
     PeakObserver: _mean_facts,
+    ZerosObserver: _mean_facts,
     MomentsObserver: _moments_facts,
     CrossObserver: _moments_facts,
 }

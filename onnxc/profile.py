@@ -1,8 +1,8 @@
 """Where the time of a model goes: milliseconds of each node, from ONNX Runtime's own profile.
 
 The runtime fuses nodes and names what it makes after one of them, or after a tensor: a convolution
-with the Clip behind it is called like the Clip's output. The time of such a kernel goes to the heavy
-node in it, which is found from that name backwards.
+with the Clip behind it is called like the Clip's output. The time of such a kernel goes to the
+heavy node in it, which is found from that name backwards.
 """
 
 from __future__ import annotations

@@ -135,6 +135,20 @@ FIXTURES = {
         ),
         {"t": np.arange(10).reshape(2, 5)},
     ),
+    "unread channels": Fixture(
+        bind(
+            """g (float[1,3,8,8] x, float[6,3,3,3] W, float[6,1,3,3] D, float[4,6,1,1] V)
+               => (float[1,4,4,4] y) {
+                c = Conv (x, W)
+                r = Relu (c)
+                d = Conv <group: int = 6> (r, D)
+                y = Conv (d, V) }""",
+            W=normal(6, 3, 3, 3),
+            D=normal(6, 1, 3, 3),
+            V=normal(4, 6, 1, 1) * np.array([1, 0, 1, 1, 0, 1], np.float32).reshape(1, 6, 1, 1),
+        ),
+        {"x": normal(1, 3, 8, 8)},
+    ),
     "transposed": Fixture(
         bind(
             f"""g (float[1,4,5,5] x, float[4,3,3,3] W, {PORTS}) => (float[1,6,7,7] y) {{

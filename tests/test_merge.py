@@ -52,7 +52,7 @@ def image_batches() -> st.SearchStrategy[Array]:
 def empty(what: str, window: Window, block: int | None) -> Any:
     if what in ("moments", "cross"):
         return OBSERVERS[what](1, window, block)
-    return OBSERVERS[what](1 if what in ("mean", "peak") else None)
+    return OBSERVERS[what](1 if what in ("mean", "peak", "zeros") else None)
 
 
 def see(observer: Any, batch: Array) -> Any:

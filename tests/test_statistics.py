@@ -37,6 +37,7 @@ KEYS = (
     Key("x", "range", 1),
     Key("x", "mean", 1),
     Key("x", "peak", 1),
+    Key("x", "zeros", 1),
     Key("x", "moments", 1, window=WINDOW),
     Key("x", "moments", 1, window=Window()),
     Key("x", "cross", 1, window=Window(groups=2)),
