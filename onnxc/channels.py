@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -53,6 +54,17 @@ class Channels:
         return [
             self.uses.get((node.name, i), known.get(t.name, {})) for i, t in enumerate(node.inputs)
         ]
+
+    @cached_property
+    def _by_node(self) -> dict[str, list[Slot]]:
+        found: dict[str, list[Slot]] = {}
+        for slot in self.slots:
+            found.setdefault(slot.node, []).append(slot)
+        return found
+
+    def slots_of(self, node: str) -> list[Slot]:
+        """The slots of a node's constants."""
+        return self._by_node.get(node, [])
 
     def axes(self) -> Iterator[Labels]:
         """Labels of every axis that has channels, of tensors and constants."""
