@@ -146,6 +146,17 @@ class MomentsObserver:
         """H, (groups, d, d); zero outside its blocks."""
         return _assembled(self.products, self.total.shape[1]) / max(self.count, 1)
 
+    def blocks(self, most: int) -> list[Floats]:
+        """H along its diagonal, in blocks of at most so many columns, (groups, width, width)."""
+        d, width = self.total.shape[1], self.products.shape[2]
+        found = []
+        for index, start in enumerate(range(0, d, width)):
+            size = min(width, d - start)
+            whole = self.products[:, index, :size, :size]
+            cuts = [(a, min(a + most, size)) for a in range(0, size, most)]
+            found += [whole[:, a:b, a:b] / max(self.count, 1) for a, b in cuts]
+        return found
+
     @property
     def diagonal(self) -> Floats:
         """diag(H) = E[x²], (groups, d)."""

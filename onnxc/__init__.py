@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from onnxc.api import preview as preview
     from onnxc.api import quantize as quantize
     from onnxc.api import save as save
+    from onnxc.api import sparsify as sparsify
     from onnxc.api import validate as validate
     from onnxc.errors import ClusterError as ClusterError
     from onnxc.errors import DataError as DataError
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "onnxc.api": (
         *("QuantizeSettings", "benchmark", "calibrate", "inspect", "load", "preview"),
-        *("merge_statistics", "quantize", "save", "validate"),
+        *("merge_statistics", "quantize", "save", "sparsify", "validate"),
     ),
     "onnxc.errors": ("ClusterError", "DataError", "ModelError", "OnnxcError", "OptionError"),
 }

@@ -11,33 +11,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calib.data import Dataset, Preprocess
 from onnxc import recipe as recipes
 from onnxc.bench import Latency, speedup, time_interleaved
 from onnxc.calibration import calibrate, merge_statistics
 from onnxc.check import compare, coverage
+from onnxc.compression import Attempt, Compressed, attempt, compress_model
 from onnxc.cost import file_bytes, inspect
 from onnxc.errors import OptionError
 from onnxc.graph import load, save
 from onnxc.graph import size as model_size
 from onnxc.pairs import excess
 from onnxc.paths import check_folder, existing
-from onnxc.quantization import (
-    Attempt,
-    Quantized,
-    QuantizeSettings,
-    attempt,
-    quantize_model,
-)
-from onnxc.recipe import Recipe
+from onnxc.quantization import QuantizeSettings
 from onnxc.report import Benchmark, Effect, Measure, Preview, Report, Validation
 from onnxc.request import (
     FEEDS,
     Job,
     ModelPath,
     Progress,
+    Request,
+    asked,
     check_runtime,
     check_same_inputs,
     checked,
@@ -52,10 +48,8 @@ from onnxc.request import (
 )
 from onnxc.runtime import Runtime
 from onnxc.search import untimed
+from onnxc.tasks import QUANTIZE, SPARSIFY, Task
 from onnxc.vectors import write_vectors
-
-if TYPE_CHECKING:
-    from distributed import Client
 
 __all__ = [
     "QuantizeSettings",
@@ -67,69 +61,51 @@ __all__ = [
     "preview",
     "quantize",
     "save",
+    "sparsify",
     "validate",
 ]
 
 SIDES = ("before", "after")
-DEFAULTS = QuantizeSettings()
 PREVIEWED = 4  # samples that a preview calibrates on: the effect on nodes needs no good ranges
 
 
-def quantize(
-    model: ModelPath,
-    *,
-    data: Any = None,
-    val: Any = None,
-    stats: ModelPath | None = None,
-    output: ModelPath | None = None,
-    recipe: Recipe | None = None,
-    settings: QuantizeSettings = DEFAULTS,
-    runtime: Runtime = Runtime(),
-    max_drop: float | None = None,
-    strict: bool = False,
-    progress: Progress | None = None,
-    client: Client | None = None,
-    **override: Any,
-) -> Report:
+def quantize(model: ModelPath, **request: Any) -> Report:
     """Make a model smaller and faster in few-bit integers, and prove it.
 
-    data: what `calib.data.open_data` takes; without it the input is synthesized and the headline
-    says so. val: samples that the result is judged by; by default a part of `data` that calibration
-    never sees. stats: a file of `calibrate`, from which passes take what it holds of the prepared
-    model; without `data` they get nothing else. Samples that it saw judge nothing. output: the file
-    to write, by default MODEL with the suffix .int8.onnx. recipe: what to do; where it names no
-    passes, `settings` choose them. runtime: how models are run and timed.
-    max_drop: points of top-1 (without labels: of disagreement) that may be lost; with `strict` a
-    result that loses more is not written. client: of a Dask cluster, whose workers then gather the
-    statistics and compare the candidates; they are timed here. override: what goes before the keys
-    of the recipe: target, seed, include, exclude, samples, max_memory, preprocess.
+    request: fields of `onnxc.request.Request`: data, val, stats, output, recipe, max_drop, … ; of
+    `QuantizeSettings`; and target, seed, include, exclude, samples, max_memory, preprocess.
+
+    Raises ModelError, DataError, OptionError or ClusterError; nothing is written then.
+    """
+    return write(QUANTIZE, asked(QUANTIZE, model, request))
+
+
+def sparsify(model: ModelPath, **request: Any) -> Report:
+    """Make weights of a model zero where its outputs feel it least, and prove it.
+
+    Takes and raises what `quantize` does, with the fields of the pass `Sparsify` as settings.
+    """
+    return write(SPARSIFY, asked(SPARSIFY, model, request))
+
+
+def write(task: Task, request: Request) -> Report:
+    """Carry out a task on a file, write the result, and prove it.
 
     Raises ModelError, DataError, OptionError or ClusterError; nothing is written then.
     """
     start = time.perf_counter()
-    say = progress or silent
-    job = checked(
-        *(model, data, val, stats, output, recipe, settings, runtime, say, override, client)
-    )
+    say, runtime, max_drop = request.say, request.runtime, request.max_drop
+    job = checked(task, request)
     if max_drop is not None:  # told now where there are no classes
         same = subject(job.path, job.calibration.max_memory)
         missed_bounds(compare(same, same, job.samples.judge.subset([0]), runtime), max_drop)
+    judge, validation = job.samples.judge, job.samples.validation
     with naming(job.path):
-        found = quantize_model(
-            job.model,
-            job.calibration,
-            job.samples.judge,
-            job.target,
-            settings,
-            job.only,
-            job.recipe.passes,
-            runtime,
-            job.recipe.seed,
-            say,
-            job.samples.validation,
+        found = compress_model(
+            job.plan, job.model, job.calibration, judge, runtime, say, validation
         )
     missed = missed_bounds(found.comparison, max_drop)
-    is_written = not (strict and missed)
+    is_written = not (request.strict and missed)
     if is_written:
         say("writing")
         save(found.model, job.output)
@@ -137,38 +113,29 @@ def quantize(
     return replace(report, memory_peak=peak_memory(), seconds=time.perf_counter() - start)
 
 
-def preview(
-    model: ModelPath,
-    *,
-    data: Any = None,
-    val: Any = None,
-    stats: ModelPath | None = None,
-    output: ModelPath | None = None,
-    recipe: Recipe | None = None,
-    settings: QuantizeSettings = DEFAULTS,
-    runtime: Runtime = Runtime(),
-    progress: Progress | None = None,
-    **override: Any,
-) -> Preview:
-    """What `quantize` would do to which nodes, on each way that it would try; nothing is written.
+def preview(model: ModelPath, task: Task = QUANTIZE, **request: Any) -> Preview:
+    """What a task would do to which nodes, on each way that it would try; nothing is written.
 
     Takes and raises what `quantize` does. Nothing is measured, and few samples are read.
     """
-    say = progress or silent
-    job = checked(model, data, val, stats, output, recipe, settings, runtime, say, override)
+    wanted = asked(task, model, request)
+    job = checked(task, wanted)
     kept = job.samples.kept
     few = None if kept is None else _few(kept)
     calibration = replace(job.calibration, dataset=few)
     feed = next(iter((few or job.samples.judge).batches(1)))
-    passes, seed = job.recipe.passes, job.recipe.seed
     with naming(job.path):
-        tried = attempt(
-            job.model, calibration, feed, job.target, settings, job.only, passes, seed, say
-        )
+        tried = attempt(job.plan, job.model, calibration, feed, wanted.say)
     prepared = tuple(change for step in tried.prepared for change in step.changes)
-    ways = {name: _effect(tried, name) for name in tried.ways}
-    notes = (*job.model.notes, *(() if kept is None else kept.notes))
-    return Preview(str(job.path), str(job.output), job.target.name, prepared, ways, notes)
+    return Preview(
+        model=str(job.path),
+        output=str(job.output),
+        target=job.plan.target.name,
+        prepared=prepared,
+        ways={name: _effect(tried, name) for name in tried.ways},
+        aim=task.aim,
+        notes=(*job.model.notes, *(() if kept is None else kept.notes)),
+    )
 
 
 def _few(dataset: Dataset) -> Dataset:
@@ -177,27 +144,29 @@ def _few(dataset: Dataset) -> Dataset:
 
 
 def _effect(tried: Attempt, name: str) -> Effect:
-    quantized = tried.quantized(name)
-    steps, done = tried.built[name][1], {change.node for change in quantized}
-    helping = tuple(c for step in steps for c in step.changes if c not in quantized)
+    meant = tried.meant(name)
+    steps, done = tried.built[name][1], {change.node for change in meant}
+    helping = tuple(c for step in steps for c in step.changes if c not in meant)
     skips = (skip for step in steps for skip in step.skips if skip.node not in done)
-    return Effect(quantized, helping, tuple(dict.fromkeys(skips)))
+    return Effect(meant, helping, tuple(dict.fromkeys(skips)))
 
 
-def _report(job: Job, found: Quantized, missed: tuple[str, ...], is_written: bool) -> Report:
+def _report(job: Job, found: Compressed, missed: tuple[str, ...], is_written: bool) -> Report:
     size = file_bytes(job.output) if is_written else model_size(found.model)
     return Report(
         model=str(job.path),
         output=str(job.output) if is_written else None,
         before=Measure(file_bytes(job.path), found.before),
         after=Measure(size, found.after),
-        target=job.target.name,
+        target=job.plan.target.name,
         way=found.way,
-        quantized=found.count,
+        aim=job.plan.task.aim,
+        count=found.count,
         headline=job.headline,
         speedup=found.ratio,
         comparison=found.comparison,
         coverage=found.coverage,
+        zeros=found.zeros,
         changes=found.changes,
         skips=found.skips,
         missed=missed,

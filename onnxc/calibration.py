@@ -39,9 +39,9 @@ from onnxc.ops import knowledge
 from onnxc.paths import check_output, existing
 from onnxc.pipeline import prepare
 from onnxc.placement import behind_activation, differences
-from onnxc.quantization import THREADS
 from onnxc.report import Calibrated
 from onnxc.request import (
+    THREADS,
     ModelPath,
     Progress,
     counting,

@@ -15,6 +15,8 @@ from rich.console import Console, RenderableType
 
 from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
+from onnxc.report import Report
+from onnxc.tasks import QUANTIZE, SPARSIFY, Task
 
 ModelArgument = click.Path(path_type=Path)
 Render = Callable[[Any], RenderableType]
@@ -104,57 +106,72 @@ def bench(context: click.Context, /, **settings: Any) -> None:
     show(found, console.render_benchmark, settings["as_json"], settings["quiet"])
 
 
+def writing(task: Task) -> options.Decorator[Any]:
+    """The arguments and options of a writing command."""
+    bound = click.option(
+        "--max-drop", type=float, help="Points of top-1 (or agreement) that may be lost."
+    )
+    val = click.option(
+        "--val", metavar="SOURCE", help="Samples that the result is judged by [default: --data]."
+    )
+    return options.group_of(
+        *(click.argument("model", type=ModelArgument), options.output(), options.data(), val),
+        *(options.stats, options.target, options.from_fields(task.settings), options.nodes),
+        *(options.max_memory, options.cluster, options.runtime, options.seed, bound),
+        click.option("--strict", is_flag=True, help="Write nothing when a bound is missed."),
+        click.option("--dry-run", is_flag=True, help="List the effect, write nothing."),
+        *(options.recipes, options.shown, click.pass_context),
+    )
+
+
 @onnxc.command(
     cls=Example,
     example="onnxc quantize model.onnx --data calib/ --preset imagenet -o model.int8.onnx",
 )
-@click.argument("model", type=ModelArgument)
-@options.output()
-@options.data()
-@click.option(
-    "--val", metavar="SOURCE", help="Samples that the result is judged by [default: --data]."
-)
-@options.stats
-@options.target
-@options.from_fields(api.QuantizeSettings)
-@options.nodes
-@options.max_memory
-@options.cluster
-@options.runtime
-@options.seed
-@click.option("--max-drop", type=float, help="Points of top-1 (or agreement) that may be lost.")
-@click.option("--strict", is_flag=True, help="Write nothing when a bound is missed.")
-@click.option("--dry-run", is_flag=True, help="List the effect, write nothing.")
-@options.recipes
-@options.shown
-@click.pass_context
+@writing(QUANTIZE)
 def quantize(context: click.Context, /, **settings: Any) -> int:
     """Make MODEL smaller and faster in few-bit integers, and prove it."""
-    request = _request(context, settings)
+    return _write(QUANTIZE, api.quantize, context, settings)
+
+
+@onnxc.command(
+    cls=Example, example="onnxc sparsify model.onnx --data calib/ --sparsity 0.7 -o sparse.onnx"
+)
+@writing(SPARSIFY)
+def sparsify(context: click.Context, /, **settings: Any) -> int:
+    """Make weights of MODEL zero where its outputs feel it least, and prove it."""
+    return _write(SPARSIFY, api.sparsify, context, settings)
+
+
+def _write(
+    task: Task, write: Callable[..., Report], context: click.Context, settings: dict[str, Any]
+) -> int:
+    """What every writing command does with its options; the exit code."""
+    request = _request(task, context, settings)
     if settings["dry_run"]:
         with progress(settings) as say:
-            effect = api.preview(settings["model"], **request, progress=say)
+            effect = api.preview(settings["model"], task=task, **request, progress=say)
         show(effect, console.render_preview, settings["as_json"], settings["quiet"])
         return 0
     bounds = _some(settings, "max_drop", "strict")
     with progress(settings) as say, options.cluster_of(context, settings["model"]) as client:
-        found = api.quantize(settings["model"], **request, **bounds, progress=say, client=client)
+        found = write(settings["model"], **request, **bounds, progress=say, client=client)
     show(found, console.render, settings["as_json"], settings["quiet"])
     if settings["print_recipe"] and not settings["as_json"]:
         click.echo(found.recipe)
     return EXIT_MISSED if found.missed else 0
 
 
-def _request(context: click.Context, settings: dict[str, Any]) -> dict[str, Any]:
-    """What to quantize and how: the recipe, and whatever was written beside it."""
-    chosen = options.given(context, options.names(api.QuantizeSettings))
+def _request(task: Task, context: click.Context, settings: dict[str, Any]) -> dict[str, Any]:
+    """What to do and how: the recipe, and whatever was written beside it."""
+    chosen = options.given(context, options.names(task.settings))
     replayed = recipe.load(settings["recipe"]) if settings["recipe"] else None
     if replayed is not None and replayed.passes:
         replayed = replace(replayed, passes=recipe.adjust(replayed.passes, chosen))
     override = options.given(context, ("target", "seed", "include", "exclude", "samples"))
     return {
         "recipe": replayed,
-        "settings": options.build(context, api.QuantizeSettings),
+        "settings": options.build(context, task.settings),
         "runtime": options.runtime_of(context),
         "preprocess": options.preprocess_of(context),
         **_some(settings, "data", "val", "stats", "output", "max_memory"),

@@ -39,7 +39,7 @@ def render(report: Report) -> RenderableType:
     table, result = _measures(report), _verdict(report)
     parts: Parts = [*_headline(report.headline), _title(report), table, result]
     parts += _left_float(report.coverage, report.skips, report.way == "weight-only")
-    parts += _notes((*report.notes, *_untold(report)))
+    parts += _notes((*report.notes, *_zeros_notes(report), *_untold(report)))
     return Group(*parts, *_effort(report.seconds, report.memory_peak))
 
 
@@ -49,11 +49,12 @@ def render_preview(report: Preview) -> RenderableType:
     parts: Parts = [Text.from_markup(f"{title}  [dim](target {report.target})[/]")]
     parts += _grouped("prepared", ((c.node, _kind(c.what)) for c in report.prepared))
     alike: defaultdict[tuple[Pairs, Pairs], list[str]] = defaultdict(list)
+    word = report.aim.done
     for name, effect in report.ways.items():
         alike[_effects(effect)].append(name)
     for (done, left), names in alike.items():
         parts.append(Text("\nway: " + "; ".join(names), style="bold green"))
-        parts += _grouped("quantized", done) or [Text("no node is quantized", style="yellow")]
+        parts += _grouped(word, done) or [Text(f"no node is {word}", style="yellow")]
         parts += _grouped("left alone", left)
     if len(report.ways) > 1:
         parts.append(Text("\nAll of these ways are measured, and the best one is written."))
@@ -62,7 +63,7 @@ def render_preview(report: Preview) -> RenderableType:
 
 def _effects(effect: Effect) -> tuple[Pairs, Pairs]:
     """What is done to which nodes, and what is left alone, each node with the first reason."""
-    done = tuple((change.node, _kind(change.what)) for change in effect.quantized)
+    done = tuple((change.node, _kind(change.what)) for change in effect.done)
     names = {node for node, _ in done}
     reasons = {s.node: s.reason for s in reversed(effect.skips) if s.node not in names}
     return done, tuple(reversed(reasons.items()))
@@ -145,7 +146,7 @@ def _measures(report: Report | Validation) -> Table:
     for heading in ("before", "after"):
         table.add_column(heading, justify="right")
     table.add_column("change")
-    rows = [*_cost_rows(report), *_quality_rows(report.comparison)]
+    rows = [*_cost_rows(report), *_zeros_rows(report), *_quality_rows(report.comparison)]
     if isinstance(report, Validation):
         rows += _error_rows(report.comparison)
     for row in rows:
@@ -163,6 +164,15 @@ def _cost_rows(report: Report | Validation) -> Iterator[Row]:
     if before.latency and after.latency:
         ratio = _spread(report.speedup) if report.speedup else ""
         yield "latency p50", f"{before.latency.p50:.3f} ms", f"{after.latency.p50:.3f} ms", ratio
+
+
+def _zeros_rows(report: Report | Validation) -> Iterator[Row]:
+    if not isinstance(report, Report) or report.zeros is None:
+        return
+    before, after = report.zeros
+    yield "zero weights", _percent(before.share), _percent(after.share), ""
+    shrink = f"{before.coded / max(after.coded, 1):.2f}x"
+    yield "with zeros coded", size_text(before.coded), size_text(after.coded), shrink
 
 
 def _spread(ratio: Ratio) -> str:
@@ -227,6 +237,18 @@ def _left_float(
     return _grouped("run in float", left)
 
 
+def _zeros_notes(report: Report) -> Iterator[str]:
+    """What zeros are good for, and what not."""
+    if report.zeros is None:
+        return
+    bits = report.zeros[1].bits
+    yield (
+        f"the file holds its zeros as any other value: with zeros coded is an estimate, {bits:.2f} "
+        "bits a weight for where they lie and all bits of the others"
+    )
+    yield "stock runtimes multiply by zeros too: no speed is gained from them"
+
+
 def _untold(report: Report) -> Iterator[str]:
     """How many nodes were left alone besides the heavy ones, which are told by their kernels."""
     if report.coverage is None:
@@ -239,7 +261,7 @@ def _untold(report: Report) -> Iterator[str]:
 
 def _kind(what: str) -> str:
     """What a change is, without names and figures: equal ones count as one."""
-    kind = re.sub(r",? -?[\d.]+ (dB|scales)|^\S+ (?=int\d)| by up to .*", "", what)
+    kind = re.sub(r",? -?[\d.]+ (dB|scales)|, [\d.]+ % .*|^\S+ (?=int\d)| by up to .*", "", what)
     return re.sub(r"(?<=^shares ).*", "the weight of another node", kind)
 
 

@@ -19,9 +19,9 @@ def existing(model: str | Path) -> Path:
     return path
 
 
-def default_output(model: Path, bits: int = 8) -> Path:
-    """MODEL with the suffix .int8.onnx, or that of other bits, beside it."""
-    return model.with_name(f"{model.stem}.int{bits}.onnx")
+def default_output(model: Path, suffix: str) -> Path:
+    """MODEL with a suffix such as .int8.onnx, beside it."""
+    return model.with_name(f"{model.stem}.{suffix}.onnx")
 
 
 def check_output(output: str | Path, *inputs: Any) -> Path:

@@ -2,9 +2,11 @@
 
 A report is a plain dataclass, and `to_json` writes any of them: its fields are the keys, in order.
 
-    quantize            Report          quantize --dry-run  Preview         inspect    Inspection
+    quantize, sparsify  Report          --dry-run of these  Preview         inspect    Inspection
     validate            Validation      bench               Benchmark       calibrate  Calibrated
 
+    aim                 {name, done, seeks}: the task, the word for a node it changed, what counts
+    zeros               [{weights, zeros, bits, coded, share}, the same after], or null
     speedup             {median, low, high, is_slower}, original over result
     latency             {p10, p50, p90, spread}
     comparison          {samples, outputs {NAME: {sqnr, cosine, max_abs_error, agreement}},
@@ -25,7 +27,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,6 +35,7 @@ from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage
 from onnxc.core import Change, Skip
 from onnxc.runtime import Runtime
+from onnxc.zeros import Zeros
 
 # Where a verdict turns red, whatever was asked for
 TOLERATED_DROP = 0.01  # share of top-1 lost
@@ -49,13 +52,27 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Aim:
+    """What a writing command is for. name: of the command. done: what it does to a node, in words.
+
+    seeks: what the user gains by it. A result that is slower is no gain, except of zeros, which
+    are stored smaller whatever their speed.
+    """
+
+    name: str
+    done: str
+    seeks: Literal["integers", "speed", "zeros"] = "speed"
+
+
+@dataclass(frozen=True)
 class Report:
     """What a writing command did to a model, and the proof.
 
-    output: None where nothing was written. way: which candidate was chosen. quantized: how many
-    nodes are, None if that was not the task. headline: said before anything else, such as "made
-    without data: the input is synthesized". speedup: None where neither could be timed. missed:
-    bounds that the user asked for and the result does not meet. recipe: TOML that replays it all.
+    output: None where nothing was written. way: which candidate was chosen. count: how many nodes
+    the task was done to, None if that is not known. headline: said before anything else, such as
+    "made without data: the input is synthesized". speedup: None where neither could be timed.
+    zeros: before and after, where the aim seeks them. missed: bounds that the user asked for and
+    the result does not meet. recipe: TOML that replays it all.
     """
 
     model: str
@@ -64,11 +81,13 @@ class Report:
     after: Measure
     target: str = ""
     way: str = ""
-    quantized: int | None = None
+    aim: Aim = Aim("quantize", "quantized", "integers")
+    count: int | None = None
     headline: str = ""
     speedup: Ratio | None = None
     comparison: Comparison | None = None
     coverage: Coverage | None = None
+    zeros: tuple[Zeros, Zeros] | None = None
     changes: tuple[Change, ...] = ()
     skips: tuple[Skip, ...] = ()
     missed: tuple[str, ...] = ()
@@ -88,9 +107,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Effect:
-    """What one way would do to the nodes of a model. helping: what makes quantizing better."""
+    """What one way would do to the nodes of a model. helping: what only makes that better."""
 
-    quantized: tuple[Change, ...]
+    done: tuple[Change, ...]
     helping: tuple[Change, ...]
     skips: tuple[Skip, ...]
 
@@ -107,6 +126,7 @@ class Preview:
     target: str
     prepared: tuple[Change, ...]
     ways: dict[str, Effect]
+    aim: Aim = Aim("quantize", "quantized", "integers")
     notes: tuple[str, ...] = ()
 
 
@@ -197,16 +217,17 @@ def to_json(report: Any) -> str:
 
 def verdict(report: Report | Validation) -> tuple[bool, str]:
     """Whether the result is worth having, and one sentence that says why."""
-    facts = [*_size_fact(report), *_speed_fact(report.speedup), *_accuracy_facts(report.comparison)]
+    facts = [*_size_fact(report), *_zeros_fact(report), *_speed_fact(report)]
+    facts += _accuracy_facts(report.comparison)
     bad = [*report.missed, *_faults(report)]
     return not bad, f"{'; '.join(bad)} ({', '.join(facts)})" if bad else ", ".join(facts)
 
 
 def _faults(report: Report | Validation) -> Iterator[str]:
     """What nobody wants, whatever was asked for."""
-    if isinstance(report, Report) and report.quantized == 0:
-        yield "nothing was quantized"
-    if report.speedup and report.speedup.is_slower:
+    if isinstance(report, Report) and report.count == 0:
+        yield f"nothing was {report.aim.done}"
+    if report.speedup and report.speedup.is_slower and _seeks_speed(report):
         yield f"slower than the original, {report.speedup.median:.2f}x"
     comparison = report.comparison
     if comparison is None:
@@ -228,10 +249,22 @@ def _size_fact(report: Report | Validation) -> Iterator[str]:
         yield f"{ratio:.2f}x smaller" if ratio > 1 else f"{1 / ratio:.2f}x larger"
 
 
-def _speed_fact(speedup: Ratio | None) -> Iterator[str]:
-    if speedup is None or speedup.is_slower:
+def _seeks_speed(report: Report | Validation) -> bool:
+    return not isinstance(report, Report) or report.aim.seeks != "zeros"
+
+
+def _zeros_fact(report: Report | Validation) -> Iterator[str]:
+    if isinstance(report, Report) and report.zeros:
+        yield f"{100 * report.zeros[1].share:.1f} % zeros"
+
+
+def _speed_fact(report: Report | Validation) -> Iterator[str]:
+    speedup = report.speedup
+    if speedup is None or (speedup.is_slower and _seeks_speed(report)):
         return
-    if speedup.low <= 1 <= speedup.high:
+    if speedup.is_slower:
+        yield f"slower, {speedup.median:.2f}x"
+    elif speedup.low <= 1 <= speedup.high:
         yield "as fast within the spread"
     else:
         yield f"{speedup.median:.2f}x faster"

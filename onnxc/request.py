@@ -6,9 +6,9 @@ The cheapest checks come first: names, paths, the model, the nodes, the data, on
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from calib import statistics
 from calib.data import Dataset, InputSpec, Preprocess, open_data, synthesize
 from calib.merge import digest
 from calib.statistics import Statistics
-from onnxc import graph
+from onnxc import graph, typed
 from onnxc import recipe as recipes
+from onnxc.compression import Plan, check_input
 from onnxc.cost import external_files, file_bytes
 from onnxc.cuts import BASE
 from onnxc.errors import DataError, ModelError, OptionError
@@ -25,14 +26,12 @@ from onnxc.fidelity import check_labels
 from onnxc.graph import OUTLINED, Model, bound, load
 from onnxc.paths import check_output, default_output, existing
 from onnxc.pipeline import Calibration
-from onnxc.quantization import THREADS, QuantizeSettings, check_input
 from onnxc.recipe import Recipe
 from onnxc.runtime import LEVELS, Runtime, dtype_of, provider_name, run, session
 from onnxc.samples import OF_VALIDATION, Samples, choose_samples
-from onnxc.selectors import Selector
 from onnxc.stages import open_stages
-from onnxc.targets import Target
 from onnxc.targets import choose as choose_target
+from onnxc.tasks import Settings, Task
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -44,12 +43,65 @@ LEAST_MEMORY = 400_000_000  # bytes of the process during calibration, where non
 HELD_COPIES = 5  # of a file, at most, that one session takes: 8-bit weights become float
 FILE_COPIES = 6  # or this many times the model, for large ones
 FEEDS = 8  # made-up samples for a comparison or a benchmark
-NO_DATA = "made without data: ranges come from synthesized input and fit no real one; give --data"
+THREADS = 2  # of calibration
+OVERRIDES = ("target", "seed", "include", "exclude", "samples", "max_memory", "preprocess")
+NO_DATA = "made without data: {what} come from synthesized input and fit no real one; give --data"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a writing command is asked for.
+
+    model: the file. data: what `calib.data.open_data` takes; without it the input is synthesized
+    and the headline of the report says so. val: samples that the result is judged by; by default a
+    part of `data` that calibration never sees. stats: a file of `calibrate`, from which passes take
+    what it holds of the prepared model; without `data` they get nothing else. Samples that it saw
+    judge nothing. output: the file to write, by default MODEL with a suffix that names the task.
+    recipe: what to do; where it names no passes, `settings` choose them; None: the defaults of the
+    task. runtime: how models are run and timed.
+    max_drop: points of top-1 (without labels: of disagreement) that may be lost; with `strict` a
+    result that loses more is not written. progress: told what is being done. client: of a Dask
+    cluster, whose workers then gather the statistics and compare the candidates; they are timed
+    here. override: what goes before the keys of the recipe: target, seed, include, exclude,
+    samples, max_memory, preprocess.
+    """
+
+    model: ModelPath
+    data: Any = None
+    val: Any = None
+    stats: ModelPath | None = None
+    output: ModelPath | None = None
+    recipe: Recipe | None = None
+    settings: Settings | None = None
+    runtime: Runtime = Runtime()
+    max_drop: float | None = None
+    strict: bool = False
+    progress: Progress | None = None
+    client: Client | None = None
+    override: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def say(self) -> Progress:
+        return self.progress or silent
+
+
+def asked(task: Task, model: ModelPath, given: Mapping[str, Any]) -> Request:
+    """A request from keyword arguments: fields of Request, of the task's settings, or overrides.
+
+    Raises TypeError for any other name, OptionError for a setting of a wrong type. Single settings
+    go before `settings`.
+    """
+    chosen = {key: given[key] for key in typed.keys(task.settings) if key in given}
+    override = {key: given[key] for key in OVERRIDES if key in given}
+    rest = {key: given[key] for key in given if key not in {**chosen, **override}}
+    if chosen:
+        rest["settings"] = typed.build(task.settings, chosen, f"the settings of {task.name}")
+    return Request(model, **rest, override=override)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request to quantize: nothing long has been done yet.
+    """A checked request: nothing long has been done yet.
 
     source: the data, as given or as the recipe says. recipe: with the options in place. samples:
     what makes statistics, chooses and judges.
@@ -58,8 +110,7 @@ class Job:
     path: Path
     output: Path
     model: Model
-    target: Target
-    only: Selector
+    plan: Plan
     recipe: Recipe
     source: Any
     calibration: Calibration
@@ -71,10 +122,11 @@ class Job:
         known, validation = self.calibration.known, self.samples.validation
         if self.source is not None or (known is not None and validation is not None):
             return ""
+        what = "ranges" if self.plan.task.aim.seeks == "integers" else "statistics"
         if known is None:
-            return NO_DATA
+            return NO_DATA.format(what=what)
         return (
-            f"ranges come from statistics {known.path} ({len(known.samples)} samples), the verdict "
+            f"{what} come from statistics {known.path} ({len(known.samples)} samples), the verdict "
             "from synthesized input: give --val"
         )
 
@@ -108,44 +160,38 @@ class Job:
         return f"{counts}, judged on {len(validation)} {others}"
 
 
-def checked(
-    model: ModelPath,
-    data: Any,
-    val: Any,
-    stats: ModelPath | None,
-    output: ModelPath | None,
-    recipe: Recipe | None,
-    settings: QuantizeSettings,
-    runtime: Runtime,
-    say: Progress,
-    override: dict[str, Any],
-    client: Client | None = None,
-) -> Job:
+def checked(task: Task, request: Request) -> Job:
     """Check everything that can be checked at once, the cheapest first."""
-    path = existing(model)
-    check_runtime(runtime)
+    path = existing(request.model)
+    check_runtime(request.runtime)
+    settings = request.settings or task.settings()
     given = recipes.override(
-        recipe or Recipe(), data=_text(data), val=_text(val), stats=_text(stats), **override
+        request.recipe or Recipe(),
+        data=_text(request.data),
+        val=_text(request.val),
+        stats=_text(request.stats),
+        **request.override,
     )
-    row = choose_target(given.target)
-    source = data if data is not None else given.calibration.data
-    val = val if val is not None else given.calibration.val
-    stats = given.calibration.stats
-    place = check_output(output or default_output(path, settings.bits), path, source, val, stats)
-    say("loading")
+    row, wanted = choose_target(given.target), given.calibration
+    source = request.data if request.data is not None else wanted.data
+    val = request.val if request.val is not None else wanted.val
+    output = request.output or default_output(path, settings.suffix)
+    place = check_output(output, path, source, val, wanted.stats)
+    request.say("loading")
     opened = load(path)
-    memory = given.calibration.max_memory or enough_memory(path)
+    memory = wanted.max_memory or enough_memory(path)
     opened = bound(opened, memory)
     check_output(place, *external_files(path))
     check_input(opened, str(path))
     only = given.only.resolve(opened.graph)
-    known = None if stats is None else statistics.load(stats, digest(opened))
-    samples = _samples(path, source, val, given, runtime, known)
-    exact = replace(
-        given, target=row.name, calibration=replace(given.calibration, max_memory=memory)
+    known = None if wanted.stats is None else statistics.load(wanted.stats, digest(opened))
+    samples = _samples(path, source, val, given, request.runtime, known)
+    exact = replace(given, target=row.name, calibration=replace(wanted, max_memory=memory))
+    plan = Plan(task, settings, row, only, given.passes, given.seed)
+    calibration = Calibration(
+        samples.kept, memory, threads=THREADS, known=known, client=request.client
     )
-    calibration = Calibration(samples.kept, memory, threads=THREADS, known=known, client=client)
-    return Job(path, place, opened, row, only, exact, source, calibration, samples)
+    return Job(path, place, opened, plan, exact, source, calibration, samples)
 
 
 def enough_memory(model: Path) -> int:

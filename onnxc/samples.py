@@ -12,7 +12,7 @@ No sample that statistics saw chooses or judges.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ from calib.observers import HistogramObserver
 from calib.statistics import Statistics
 from onnxc.core import Key
 from onnxc.errors import DataError
-from onnxc.quantization import split
 
+HELD_OUT = 0.2  # share of the samples that judge the result
+MOST_HELD_OUT = 32
 MADE_UP = 16  # samples of each kind where they are synthesized
 OF_VALIDATION = "of the validation data"
 Open = Callable[[Any, int | None], Dataset]  # of a source, and how many samples of it
@@ -69,6 +70,23 @@ def choose_samples(
     if known is None:
         return Samples(*split(samples), validation)
     return _beside(samples, validation, known, left_out)
+
+
+def split(dataset: Dataset, fresh: Sequence[int] | None = None) -> tuple[Dataset, Dataset]:
+    """Calibration samples and held-out ones, every fifth; both the same where there is only one.
+
+    fresh: positions of the samples that may be held out; None for all.
+    """
+    count = len(dataset)
+    if count < 2:
+        return dataset, dataset
+    step = max(round(1 / HELD_OUT), -(-count // MOST_HELD_OUT), 2 if count < 5 else 0)
+    held = [i for i in range(count) if i % step == step - 1] or [count - 1]
+    if fresh is not None and not set(held) <= set(fresh):
+        wanted = min(len(held), len(fresh))
+        held = [fresh[i * len(fresh) // wanted] for i in range(wanted)]
+    kept = [i for i in range(count) if i not in set(held)]
+    return dataset.subset(kept), dataset.subset(held)
 
 
 def _without_data(

@@ -13,6 +13,7 @@ from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_weights import QuantizeWeights
 from passes.share_constants import ShareConstants
 from passes.simplify_shapes import SimplifyShapes
+from passes.sparsify import Sparsify
 from passes.to_qoperator import ToQOperator
 from passes.upgrade_opset import UpgradeOpset
 from passes.widen import Widen
@@ -31,6 +32,7 @@ __all__ = [
     "QuantizeWeights",
     "ShareConstants",
     "SimplifyShapes",
+    "Sparsify",
     "ToQOperator",
     "UpgradeOpset",
     "Widen",

@@ -24,8 +24,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxc.biases import has_place, shift_bias
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import constant, fresh, nbytes, values
+from onnxc.graph import values
 from onnxc.integer import round_weights, rounded, weighted_nodes
 from onnxc.moments import mean_output, moments_key
 from onnxc.ops import knowledge, weight_of
@@ -60,7 +61,7 @@ class CorrectBias:
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         nodes = weighted_nodes(graph, context, self.ops)
-        keys = (self._key(node) for node in nodes if _has_place(node))
+        keys = (self._key(node) for node in nodes if has_place(node))
         return [key for key in keys if key is not None]
 
     def perturb(self, graph: gs.Graph, context: Context) -> None:
@@ -70,7 +71,7 @@ class CorrectBias:
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         results: list[Change | Skip] = []
         for node in weighted_nodes(graph, context, self.ops):
-            if not _has_place(node):
+            if not has_place(node):
                 results.append(Skip(node.name, "bias not corrected: the node has none"))
                 continue
             key = self._key(node)
@@ -97,32 +98,11 @@ class CorrectBias:
         return mean_output(node, exact - on_grid, found.mean)
 
 
-def _has_place(node: gs.Node) -> bool:
-    """Whether the operator takes a bias, and the bias is a constant or absent."""
-    position = knowledge(node).bias
-    if position is None:
-        return False
-    given = node.inputs[position] if position < len(node.inputs) else None
-    return given is None or not given.name or isinstance(given, gs.Constant)
-
-
 def _correct(graph: gs.Graph, node: gs.Node, drift: Array) -> Change | Skip:
     if not drift.any():
         return Skip(node.name, "bias not corrected: the mean of its output stays as it is")
-    position = knowledge(node).bias
-    assert position is not None
-    old = node.inputs[position] if position < len(node.inputs) else None
-    bias = values(old) if old is not None and old.name else np.zeros(len(drift), np.float32)
-    try:
-        new = (bias + drift.reshape([1] * (bias.ndim - 1) + [-1])).astype(bias.dtype)
-    except ValueError:
+    sizes = shift_bias(graph, node, drift, "corrected")
+    if sizes is None:
         return Skip(node.name, "bias not corrected: it has another shape than the channels")
-    stem = old.name if old is not None and old.name else f"{node.name}_bias"
-    replacement = constant(fresh(graph, f"{stem}_corrected"), new)
-    if position < len(node.inputs):
-        node.inputs[position] = replacement
-    else:
-        node.inputs.append(replacement)
     shift = float(np.abs(drift).max())
-    what = f"bias corrected by up to {shift:.2g}"
-    return Change(node.name, what, nbytes(old) if isinstance(old, gs.Constant) else 0, new.nbytes)
+    return Change(node.name, f"bias corrected by up to {shift:.2g}", *sizes)

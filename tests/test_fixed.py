@@ -18,15 +18,17 @@ from texts import bind, normal, outputs, reasons
 
 from calib.collect import collect
 from calib.data import InputSpec, open_data
+from onnxc.compression import Plan, compress_model
 from onnxc.core import Change, Context
 from onnxc.errors import OptionError
 from onnxc.graph import Model, load, opset, to_proto, values
 from onnxc.numerics import fixed
 from onnxc.numerics.affine import Grid, dequantize, quantize
 from onnxc.pipeline import Calibration
-from onnxc.quantization import QuantizeSettings, quantize_model
+from onnxc.quantization import QuantizeSettings
 from onnxc.runtime import Runtime, run, session
 from onnxc.targets import Target, choose
+from onnxc.tasks import QUANTIZE
 from passes.quantize import Quantize
 
 NARROW = Grid(narrow=True)
@@ -317,9 +319,8 @@ def test_settings_reach_the_file(settings: dict[str, Any], kinds: set[str]) -> N
     )
     x = normal(16, 3, 8, 8)
     data = open_data({"x": x}, (InputSpec("x", np.dtype(np.float32), ("N", 3, 8, 8)),))
-    found = quantize_model(
-        load(proto), Calibration(data), data, choose("x86-vnni"), QuantizeSettings(**settings)
-    )
+    plan = Plan(QUANTIZE, QuantizeSettings(**settings), choose("x86-vnni"))
+    found = compress_model(plan, load(proto), Calibration(data), data)
     stored = {
         t.dtype.name
         for n in found.model.graph.nodes
@@ -337,7 +338,8 @@ def test_a_real_network_in_fixed_point(shared: Any) -> None:
     data = open_data({"input": x}, (InputSpec("input", np.dtype(np.float32), ("N", 3, 32, 32)),))
     for bits, least in ((8, 25), (16, 50)):
         settings = QuantizeSettings(scheme="fixed", bits=bits)  # type: ignore[arg-type]
-        found = quantize_model(load(model), Calibration(data), data, choose("x86-vnni"), settings)
+        plan = Plan(QUANTIZE, settings, choose("x86-vnni"))
+        found = compress_model(plan, load(model), Calibration(data), data)
         assert found.comparison.sqnr > least
         for node in found.model.graph.nodes:
             if node.op in ("QuantizeLinear", "DequantizeLinear"):

@@ -121,7 +121,7 @@ def test_a_dry_run_lists_the_effect_and_writes_nothing(box: Path, capsys: Any) -
     assert list(box.iterdir()) == []
     assert found["output"] == "out.onnx"
     static = found["ways"]["static"]
-    assert {c["node"] for c in static["quantized"]} >= set(ops(CNN, "Conv"))
+    assert {c["node"] for c in static["done"]} >= set(ops(CNN, "Conv"))
     assert {"node": ops(CNN, "Gemm")[0], "reason": "excluded"} in static["skips"]
     assert call(*arguments, "--dry-run") == 0
     words = " ".join(capsys.readouterr().out.split())
@@ -134,8 +134,8 @@ def test_a_dry_run_names_the_nodes_that_the_run_changes(capsys: Any) -> None:
     before = report_of(capsys, *arguments, "--dry-run")["ways"]["dynamic"]
     found = report_of(capsys, *arguments)
     changed = {change["node"] for change in found["changes"]}
-    assert {c["node"] for c in before["quantized"]} <= changed
-    assert found["quantized"] == len({c["node"] for c in before["quantized"]})
+    assert {c["node"] for c in before["done"]} <= changed
+    assert found["count"] == len({c["node"] for c in before["done"]})
 
 
 def test_the_default_output_lies_beside_the_model(capsys: Any) -> None:
@@ -202,7 +202,7 @@ def noise() -> str:
 
 def test_excluding_everything_is_told(capsys: Any) -> None:
     found = report_of(capsys, "quantize", CNN, "--data", noise(), "-o", "o.onnx", "--exclude", "*")
-    assert found["quantized"] == 0
+    assert found["count"] == 0
     assert found["is_good"] is False
     assert "nothing was quantized" in found["verdict"]
 
@@ -214,7 +214,7 @@ def test_a_model_with_several_outputs_and_without_heavy_nodes(capsys: Any) -> No
     Path("m.onnx").write_bytes(onnx.parser.parse_model(text).SerializeToString())
     found = report_of(capsys, "quantize", "m.onnx", "-o", "o.onnx")
     assert list(found["comparison"]["outputs"]) == ["y", "z"]
-    assert found["quantized"] == 0
+    assert found["count"] == 0
     session(Path("o.onnx"))
 
 

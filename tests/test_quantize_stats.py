@@ -101,14 +101,14 @@ def test_every_format_does_with_statistics_alone(
 ) -> None:
     settings = api.QuantizeSettings(format=kind)
     found = quantized(home, tmp_path, val=CNN_VAL, settings=settings)
-    assert found.quantized and found.comparison.agreement > 0.98
+    assert found.count and found.comparison.agreement > 0.98
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_fixed_point_too(home: Path, tmp_path: Path, bits: Any, no_collecting: None) -> None:
     settings = api.QuantizeSettings(scheme="fixed", bits=bits)
     found = quantized(home, tmp_path, val=CNN_VAL, settings=settings)
-    assert found.quantized and found.comparison.agreement > 0.97
+    assert found.count and found.comparison.agreement > 0.97
 
 
 def test_data_serve_for_what_the_file_lacks(
@@ -149,7 +149,7 @@ def test_the_recipe_replays_with_the_statistics(home: Path, tmp_path: Path) -> N
 def test_a_preview_needs_no_data(home: Path, tmp_path: Path, no_collecting: None) -> None:
     found = onnxc.preview(CNN, stats=home / "s.stats", output=tmp_path / "o.onnx")
     assert "static" in found.ways
-    assert len(found.ways["static"].quantized) >= 10
+    assert len(found.ways["static"].done) >= 10
 
 
 def test_statistics_of_another_model_or_preparation(
@@ -164,7 +164,7 @@ def test_statistics_of_another_model_or_preparation(
     other.write_bytes(proto.SerializeToString())
     with pytest.raises(OptionError, match=r"s\.stats are of another model: calibrate this one"):
         onnxc.quantize(other, stats=home / "s.stats", output=tmp_path / "o.onnx")
-    monkeypatch.setattr("onnxc.quantization.structure", lambda graph: "0" * 64)
+    monkeypatch.setattr("onnxc.compression.structure", lambda graph: "0" * 64)
     with pytest.raises(OptionError, match=r"as another onnxc prepares it .*calibrate again"):
         quantized(home, tmp_path)
     assert not (tmp_path / "o.onnx").exists()
@@ -181,7 +181,7 @@ def test_images_prepared_otherwise_are_refused(home: Path, tmp_path: Path) -> No
     found = quantized(home, tmp_path, stats=stats, val=tmp_path / "second")
     assert any("judged on" in note for note in found.notes)
     plain = onnxc.quantize(CNN, stats=stats, data=tmp_path / "second", output=tmp_path / "o.onnx")
-    assert plain.quantized
+    assert plain.count
     prepare = api.Preprocess(mean=0.5, std=0.5)
     with pytest.raises(DataError, match=r"i\.stats are of images prepared with other options"):
         quantized(home, tmp_path, stats=stats, val=tmp_path / "second", preprocess=prepare)
@@ -195,7 +195,7 @@ def test_what_the_file_does_not_hold_is_told(
     kept = {k: o for k, o in full.stats.items() if k.what == "histogram"}
     statistics.save(statistics.replace(full, stats=kept), onnxc_stats)
     found = quantized(home, tmp_path, stats=onnxc_stats, val=CNN_VAL)
-    assert found.quantized and found.comparison.agreement > 0.98
+    assert found.count and found.comparison.agreement > 0.98
     told = next(note for note in found.notes if "do not hold" in note)
     assert "correct-bias wants" in told and "give --data" in told
     reasons = {skip.reason for skip in found.skips}
@@ -207,7 +207,7 @@ def test_a_recipe_that_equalizes_needs_data(
 ) -> None:
     recipe = loads('[[pass]]\nname = "equalize"\n[[pass]]\nname = "quantize"\n')
     found = quantized(home, tmp_path, recipe=recipe)
-    assert found.quantized == 0 and not found.is_good
+    assert found.count == 0 and not found.is_good
     assert any("quantize wants what statistics" in note for note in found.notes)
 
 

@@ -83,7 +83,7 @@ def test_a_good_result() -> None:
             {"comparison": replace(COMPARISON, outputs={"y": Fidelity(14.9, 0.98, 1.0)})},
             "SQNR 14.9 dB, below 15",
         ),
-        ({"quantized": 0}, "nothing was quantized"),
+        ({"count": 0}, "nothing was quantized"),
         ({"missed": ("top-1 drops by 0.50 points, more than 0.1",)}, "more than 0.1"),
     ],
 )

@@ -14,13 +14,15 @@ from texts import bind, context, normal, ops, reasons
 
 from calib.data import InputSpec, open_data
 from onnxc.check import coverage
+from onnxc.compression import Plan, compress_model
 from onnxc.core import Change, Context
 from onnxc.graph import Model, load, opset, to_bytes
 from onnxc.pipeline import Calibration, apply_pass
 from onnxc.qoperator import FORMS
-from onnxc.quantization import QuantizeSettings, quantize_model
+from onnxc.quantization import QuantizeSettings
 from onnxc.runtime import Runtime, run, session
 from onnxc.targets import Target, choose
+from onnxc.tasks import QUANTIZE
 from passes.to_qoperator import ToQOperator
 
 STEP = np.float32(0.05)
@@ -349,9 +351,8 @@ def test_a_network_keeps_its_outputs_and_its_coverage() -> None:
     for form in ("qdq", "qoperator"):
         data = open_data({"x": x}, (InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16)),))
         settings = QuantizeSettings(format=form, ranges="minmax")  # type: ignore[arg-type]
-        found[form] = quantize_model(
-            load(proto), Calibration(data), data, choose("x86-vnni"), settings
-        )
+        plan = Plan(QUANTIZE, settings, choose("x86-vnni"))
+        found[form] = compress_model(plan, load(proto), Calibration(data), data)
     before, after = found["qdq"], found["qoperator"]
     assert (after.coverage.integer, after.coverage.total) == (5, 5)
     assert before.coverage.integer == after.coverage.integer

@@ -1,0 +1,29 @@
+"""What `onnxc sparsify` may be asked for, and the passes that do it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from onnxc.core import Context, Pass
+from onnxc.graph import Model
+from passes.sparsify import Sparsify
+
+
+@dataclass(frozen=True)
+class SparsifySettings:
+    """How to make weights zero; the options of `onnxc sparsify` besides data, target and nodes."""
+
+    sparsify: Sparsify = field(default_factory=Sparsify)
+
+    @property
+    def suffix(self) -> str:
+        """Of the file that is written."""
+        return "sparse"
+
+
+def ways(
+    settings: SparsifySettings, model: Model, context: Context, has_data: bool
+) -> Mapping[str, tuple[Pass, ...]]:
+    """The one way, named by what becomes zero."""
+    return {settings.sparsify.summary: (settings.sparsify,)}
