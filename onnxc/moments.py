@@ -70,6 +70,14 @@ def matrix(node: gs.Node, weight: Array) -> Array:
     return np.asarray(parts if row.out_axis(node) == 0 else parts.transpose(0, 2, 1))
 
 
+def from_matrix(node: gs.Node, matrix: Array, shape: tuple[int, ...]) -> Array:
+    """The weight of this shape that a matrix (groups, outputs, d) is of; undoes `matrix`."""
+    row = knowledge(node)
+    assert row.out_axis is not None
+    parts = matrix if row.out_axis(node) == 0 else matrix.transpose(0, 2, 1)
+    return np.ascontiguousarray(parts.reshape(shape))
+
+
 def mean_output(node: gs.Node, weight: Array, mean: Array) -> Array:
     """E[W x] for each output channel, where E[x] = mean, (groups, d).
 
