@@ -158,8 +158,8 @@ class Pair:
             return {}
         goals = [key.goal for key in keys if key.goal is not None]
         self.original.reach([goal.tensor for goal in goals])
-        read = [*(key.tensor for key in keys), *(x.minus for x in (*keys, *goals) if x.minus)]
-        self.current.reach(read)
+        less = [key.minus for key in keys] + [goal.minus for goal in goals]
+        self.current.reach([*(key.tensor for key in keys), *filter(None, less)])
         found = {key: _empty(key) for key in keys}
         for index in range(len(self.samples)):
             for key, observer in found.items():

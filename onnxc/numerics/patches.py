@@ -101,7 +101,7 @@ def first(
 def _count(cut: Array, window: Window) -> int:
     """Positions of a sample."""
     if window.is_slice:
-        return cut.shape[1] * cut.shape[3]
+        return int(cut.shape[1] * cut.shape[3])
     sizes: Ints = _geometry(cut.shape[2:], window)[0]
     return math.prod(sizes)
 
