@@ -21,13 +21,25 @@ from onnxc.targets import Target
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What a layer ought to give: a tensor of the original, less one of the graph as it is.
+
+    tensor: of the original graph. axis: of its channels. minus: of the rewritten graph, or None.
+    """
+
+    tensor: str
+    axis: int = 1
+    minus: str | None = None
+
+
+@dataclass(frozen=True)
 class Key:
     """One statistic of one tensor.
 
-    what: a row of `calib.observers.OBSERVERS`, or "drift" (see `Perturbs`). axis: the channel axis
-    of a per-channel statistic, or None for one over the whole tensor. minus: the statistic is of
-    the difference from this tensor. window: how the layer that reads the tensor cuts it into rows,
-    for "moments" and "cross".
+    what: a row of `calib.observers.OBSERVERS`, "drift" (see `Perturbs`) or "goal" (see
+    `Sequential`). axis: the channel axis of a per-channel statistic, or None for one over the whole
+    tensor. minus: the statistic is of the difference from this tensor. window: how the layer that
+    reads the tensor cuts it into rows, for "moments", "cross" and "goal". goal: for "goal".
     """
 
     tensor: str
@@ -35,6 +47,7 @@ class Key:
     axis: int | None = None
     minus: str | None = None
     window: Window | None = None
+    goal: Goal | None = None
 
     @property
     def name(self) -> str:
@@ -72,13 +85,14 @@ Stats = Mapping[Key, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may know besides the graph."""
+    """What a pass may know besides the graph. original: the graph before any lossy pass."""
 
     opset: int
     target: Target
     stats: Stats = field(default_factory=dict)
     seed: int = 0
     only: Selector = Selector()
+    original: gs.Graph | None = field(default=None, repr=False, compare=False)
 
 
 class Pass(Protocol):
@@ -96,6 +110,19 @@ class Perturbs(Protocol):
     """A pass that wants "drift": how far the outputs of nodes move when `perturb` edits a copy."""
 
     def perturb(self, graph: gs.Graph, context: Context) -> None: ...
+
+
+@runtime_checkable
+class Sequential(Protocol):
+    """A pass that works layer after layer, each with statistics of what the ones before it left.
+
+    `steps` gives passes in the order of the graph: what a step wants is gathered once the steps
+    before it are applied, and a step changes no node that an earlier step's tensors depend on. Only
+    steps may want "goal": the moments of a layer's input in the rewritten graph together with what
+    it ought to give, see `calib.goals`.
+    """
+
+    def steps(self, graph: gs.Graph, context: Context) -> Iterable[Pass]: ...
 
 
 @runtime_checkable

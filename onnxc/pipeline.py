@@ -21,9 +21,10 @@ from calib.data import Dataset
 from calib.statistics import Statistics, order_of
 from calib.twin import drift
 from onnxc.check import Feed, Snapshot, problems, snapshot
-from onnxc.core import Change, Context, Keeps, Key, Pass, Perturbs, Skip
+from onnxc.core import Change, Context, Keeps, Key, Pass, Perturbs, Sequential, Skip
 from onnxc.errors import OnnxcError
 from onnxc.graph import Model, become, copy, opset
+from onnxc.rounds import InTurn
 from onnxc.runtime import first_line
 from onnxc.shapes import infer
 from onnxc.targets import Target
@@ -299,12 +300,25 @@ def compress(
             progress(pass_.name)
         infer(model, feed)
         known = (None, None) if steps else (state, source)
-        stats = gather(model, pass_, context, calibration, progress, *known)
-        now = replace(context, opset=opset(model.graph), stats=stats)
-        step = apply_pass(model, pass_, now, feed, last)
+        ready = _in_turn(model, pass_, calibration, progress)
+        stats = gather(model, ready, context, calibration, progress, *known)
+        original = None if calibration.original is None else calibration.original.graph
+        now = replace(context, opset=opset(model.graph), stats=stats, original=original)
+        step = replace(apply_pass(model, ready, now, feed, last), name=pass_.name)
         last = step.after or last
         steps.append(step)
     return steps
+
+
+def _in_turn(
+    model: Model, pass_: Pass, calibration: Calibration, progress: Progress | None
+) -> Pass:
+    """A pass as it is; a sequential one with the data of its steps, where there is some."""
+    dataset, original = calibration.dataset, calibration.original
+    if not isinstance(pass_, Sequential) or dataset is None or original is None:
+        return pass_
+    bounds = (calibration.max_memory, calibration.threads, progress)
+    return InTurn(pass_, model, original, dataset, *bounds)
 
 
 def keeps_statistics(pass_: Pass, step: Step) -> bool:

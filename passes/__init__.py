@@ -11,6 +11,7 @@ from passes.merge_bias import MergeBias
 from passes.quantize import Quantize
 from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_weights import QuantizeWeights
+from passes.reconstruct import Reconstruct
 from passes.share_constants import ShareConstants
 from passes.simplify_shapes import SimplifyShapes
 from passes.sparsify import Sparsify
@@ -30,6 +31,7 @@ __all__ = [
     "Quantize",
     "QuantizeDynamic",
     "QuantizeWeights",
+    "Reconstruct",
     "ShareConstants",
     "SimplifyShapes",
     "Sparsify",

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -60,32 +61,66 @@ def length(shape: Ints, axis: int, window: Window) -> int:
 
 
 def rows(
-    x: Array, axis: int, window: Window, positions: int, samples: int | None = None
+    x: Array,
+    axis: int,
+    window: Window,
+    positions: int,
+    samples: int | None = None,
+    starts: Sequence[int] | None = None,
 ) -> tuple[Array, int]:
     """Rows of an input, (groups, rows, d) of its type, and how many there were to choose from.
 
     x: the channels on `axis`; with a kernel, (samples, channels, *spatial). samples: how many `x`
-    holds, None: as many as the axis of the samples is long.
+    holds, None: as many as the axis of the samples is long. starts: where to start in each sample,
+    None: where `first` says, so that the rows of another tensor are of the same positions.
     """
     if window.samples:
         x = np.ascontiguousarray(np.moveaxis(x, window.samples, 0))
+    starts = first(x, axis, replace(window, samples=0), positions, samples, starts)
     if window.is_slice:
-        return _slices(x, axis % x.ndim, window.groups, positions, samples)
-    return _patches(x, window, positions)
+        return _slices(_cut(x, axis, samples), window.groups, positions, starts)
+    return _patches(x, window, positions, starts)
 
 
-def _slices(
-    x: Array, axis: int, groups: int, positions: int, samples: int | None
-) -> tuple[Array, int]:
-    """Positions lie before and behind the axis: (samples, before, channels, behind)."""
+def first(
+    x: Array,
+    axis: int,
+    window: Window,
+    positions: int,
+    samples: int | None = None,
+    starts: Sequence[int] | None = None,
+) -> list[int]:
+    """Where `rows` starts in each sample of an input whose first axis counts the samples."""
+    if starts is not None:
+        return list(starts)
+    cut = _cut(x, axis, samples) if window.is_slice else x
+    step = stride(_count(cut, window), positions)
+    return [start(sample, step) for sample in cut]
+
+
+def _count(cut: Array, window: Window) -> int:
+    """Positions of a sample."""
+    if window.is_slice:
+        return int(cut.shape[1] * cut.shape[3])
+    sizes: Ints = _geometry(cut.shape[2:], window)[0]
+    return math.prod(sizes)
+
+
+def _cut(x: Array, axis: int, samples: int | None) -> Array:
+    """(samples, before, channels, behind): positions lie before and behind the channels."""
+    axis %= x.ndim
     channels, behind = x.shape[axis], math.prod(x.shape[axis + 1 :])
     outer = math.prod(x.shape[:axis])
     parts = samples if samples is not None else (x.shape[0] if axis else 1)
     parts = parts if parts and outer % parts == 0 else 1
-    before = outer // parts
-    cut = x.reshape(parts, before, channels, behind)
+    return x.reshape(parts, outer // parts, channels, behind)
+
+
+def _slices(cut: Array, groups: int, positions: int, starts: Sequence[int]) -> tuple[Array, int]:
+    parts, before, channels, behind = cut.shape
     step = stride(before * behind, positions)
-    taken = _stacked([_positions_of(sample, step) for sample in cut])  # (samples, rows, channels)
+    pairs = zip(cut, starts, strict=True)
+    taken = _stacked([_positions_of(sample, step, at) for sample, at in pairs])
     taken = taken.reshape(-1, groups, channels // groups).transpose(1, 0, 2)
     return taken, parts * before * behind
 
@@ -94,30 +129,30 @@ def _stacked(arrays: list[Array]) -> Array:
     return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
 
 
-def _positions_of(sample: Array, step: int) -> Array:
+def _positions_of(sample: Array, step: int, at: int) -> Array:
     """Slices (rows, channels) at the chosen positions of a sample (before, channels, behind)."""
     before, _, behind = sample.shape
-    chosen = spread(before * behind, step, start(sample, step))
+    chosen = spread(before * behind, step, at)
     if before == 1:
         return np.take(sample[0], chosen, axis=1).T
     taken: Array = sample[chosen // behind, :, chosen % behind]
     return taken
 
 
-def _patches(x: Array, window: Window, positions: int) -> tuple[Array, int]:
+def _patches(x: Array, window: Window, positions: int, starts: Sequence[int]) -> tuple[Array, int]:
     samples, channels = x.shape[:2]
-    spatial = x.shape[2:]
-    count = math.prod(_geometry(spatial, window)[0])
+    count = _count(x, window)
     step = stride(count, positions)
-    taken = _stacked([_patches_of(sample, spatial, window, step) for sample in x])
+    pairs = zip(x, starts, strict=True)
+    taken = _stacked([_patches_of(sample, window, step, at) for sample, at in pairs])
     each = channels // window.groups
     grouped = taken.reshape(samples, window.groups, each, *taken.shape[2:]).transpose(1, 0, 3, 2, 4)
     return grouped.reshape(window.groups, samples * taken.shape[2], -1), samples * count
 
 
-def _patches_of(sample: Array, spatial: Ints, window: Window, step: int) -> Array:
+def _patches_of(sample: Array, window: Window, step: int, at: int) -> Array:
     """Patches (channels, rows, offsets) at the chosen positions of a sample."""
-    places, outside = _places(spatial, window, step, start(sample, step))
+    places, outside = _places(sample.shape[1:], window, step, at)
     taken = sample.reshape(len(sample), -1).take(places.reshape(-1), axis=1)
     taken = taken.reshape(len(sample), *places.shape)
     if outside is not None:

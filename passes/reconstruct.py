@@ -1,0 +1,241 @@
+"""Refit heavy nodes to the outputs of the original model, one after the other.
+
+For each Conv, Gemm or MatMul whose weight or input is not what it was, with x̂ its input in the
+rewritten graph with all nodes before it already refit,
+
+    Ŵ, b̂ = argmin E‖t − Ŵ x̂ − b̂‖² + ridge,     zeros of W stay zero (`onnxc.numerics.refit`).
+
+The goal t is the node's output y in the original, before any activation. Where y only goes into a
+sum s = y + r, it is
+
+    t = s − r̂,     s of the original, r̂ of the rewritten graph,
+
+so that what the residual stream has gone wrong by is made good at each block (He 2017, "Channel
+pruning for accelerating very deep neural networks", §3.2 on multi-branch networks). No label and no
+gradient is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxc.core import Change, Context, Goal, Key, Pass, Skip, register
+from onnxc.graph import captured, constant, fresh, nbytes, store, values
+from onnxc.moments import from_matrix, matrix, moments_key, why_no_moments
+from onnxc.moved import moved
+from onnxc.numerics.refit import Fit, refit
+from onnxc.ops import data_inputs, is_constant, knowledge, weight_of
+
+Array = NDArray[Any]
+
+WORTH = 0.01  # of the error: what a bias that is not there yet has to save
+
+
+@register
+@dataclass(frozen=True)
+class Reconstruct:
+    """Refit the weights that are not zero, layer after layer, to the original's outputs.
+
+    blocks: where an output only goes into a sum, let the sum come out as in the original.
+    """
+
+    name: ClassVar[str] = "reconstruct"
+    lossless: ClassVar[bool] = False
+
+    blocks: bool = True
+
+    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
+        for step in self.steps(graph, context):
+            yield from step.wants(graph, context)
+
+    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+        steps = list(self.steps(graph, context))
+        return [result for step in steps for result in step.apply(graph, context)]
+
+    def steps(self, graph: gs.Graph, context: Context) -> Iterator[Pass]:
+        """One step a heavy node, in the order of the graph."""
+        allowed = context.only.names(graph)
+        changed = set[str]() if context.original is None else moved(graph, context.original)
+        for node in list(graph.nodes):
+            if knowledge(node).role == "weighted":
+                reason = "excluded" if node.name not in allowed else _obstacle(node, context)
+                if not reason and node.outputs[0].name not in changed:
+                    reason = "not refit: it computes what it did in the original"
+                yield RefitNode(node.name, self.blocks, reason)
+
+
+@dataclass(frozen=True)
+class RefitNode:
+    """Refit one node. obstacle: why it cannot be, or an empty string."""
+
+    node: str
+    blocks: bool
+    obstacle: str = ""
+    name: ClassVar[str] = "refit-node"
+    lossless: ClassVar[bool] = False
+
+    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
+        return [] if self.obstacle else [self._key(graph, context)]
+
+    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+        if self.obstacle:
+            return [Skip(self.node, self.obstacle)]
+        key = self._key(graph, context)
+        if key not in context.stats:
+            return [Skip(self.node, "not refit: its outputs were not compared with the original's")]
+        return [_refit(graph, self._find(graph), context.stats[key])]
+
+    def _find(self, graph: gs.Graph) -> gs.Node:
+        return next(node for node in graph.nodes if node.name == self.node)
+
+    def _key(self, graph: gs.Graph, context: Context) -> Key:
+        node = self._find(graph)
+        key = moments_key(node, "goal")
+        assert key is not None
+        goal = (_sum_goal(node, graph, context) if self.blocks else None) or _own_goal(node)
+        return Key(key.tensor, key.what, key.axis, window=key.window, goal=goal)
+
+
+def _obstacle(node: gs.Node, context: Context) -> str:
+    """Why a heavy node cannot be refit; empty if it can."""
+    reason, weight = why_no_moments(node), weight_of(node)
+    if reason or weight is None:
+        return f"not refit: {reason}"
+    row = knowledge(node)
+    assert row.window is not None
+    if len(weight.shape) > 2 and not row.window(node).kernel:
+        return f"not refit: the outputs of {node.op} overlap"
+    other = next((user for user in weight.outputs if user is not node), None)
+    if other is not None:
+        return f"not refit: its weight is shared with {other.name}"
+    if _has_bias(node) and not _is_plain(node.inputs[row.bias], node):
+        return "not refit: its bias is not one constant for each output"
+    if any(node.attrs.get(key, 1.0) != 1.0 for key in ("alpha", "beta")):
+        return "not refit: it multiplies its output or its bias by a factor"
+    if context.original is None:
+        return "not refit: the original model is not known"
+    made = {t.name for other in context.original.nodes for t in other.outputs}
+    return "" if node.outputs[0].name in made else "not refit: it is not in the original"
+
+
+def _has_bias(node: gs.Node) -> bool:
+    position = knowledge(node).bias
+    return position is not None and position < len(node.inputs) and bool(node.inputs[position].name)
+
+
+def _is_plain(bias: gs.Tensor, node: gs.Node) -> bool:
+    weight, row = weight_of(node), knowledge(node)
+    assert weight is not None and row.out_axis is not None
+    return is_constant(bias) and tuple(bias.shape) in (
+        (),
+        (1,),
+        _channels(node),
+        (1, *_channels(node)),
+    )
+
+
+def _channels(node: gs.Node) -> tuple[int]:
+    weight, row = weight_of(node), knowledge(node)
+    assert weight is not None and row.out_axis is not None
+    return (int(weight.shape[row.out_axis(node)]),)
+
+
+def _own_goal(node: gs.Node) -> Goal:
+    """The output of the node in the original."""
+    return Goal(node.outputs[0].name, knowledge(node).y_axis)
+
+
+def _sum_goal(node: gs.Node, graph: gs.Graph, context: Context) -> Goal | None:
+    """What the original's sum leaves for this node, where its output only goes into one."""
+    y = node.outputs[0]
+    pinned = {t.name for t in graph.outputs} | captured(graph)
+    if len(y.outputs) != 1 or y.name in pinned or not knowledge(y.outputs[0]).adds:
+        return None
+    add = y.outputs[0]
+    others = [t for t in data_inputs(add) if t is not y]
+    if len(others) != 1 or is_constant(others[0]):
+        return None
+    shapes = [t.shape for t in (y, others[0], add.outputs[0])]
+    if None in shapes or any(list(shape) != list(shapes[0]) for shape in shapes):
+        return None
+    if not _has_same_sum(add, context) or _depends_on_later(others[0], node, graph):
+        return None
+    return Goal(add.outputs[0].name, knowledge(node).y_axis, others[0].name)
+
+
+def _has_same_sum(add: gs.Node, context: Context) -> bool:
+    """Whether the original has a sum of that name."""
+    assert context.original is not None
+    name = add.outputs[0].name
+    makers = [n for n in context.original.nodes if any(t.name == name for t in n.outputs)]
+    return bool(makers) and knowledge(makers[0]).adds
+
+
+def _depends_on_later(tensor: gs.Tensor, node: gs.Node, graph: gs.Graph) -> bool:
+    """Whether a heavy node that comes behind `node` has a part in a tensor."""
+    order = {id(n): position for position, n in enumerate(graph.nodes)}
+    pending, seen = [tensor], set[int]()
+    while pending:
+        for maker in pending.pop().inputs:
+            if id(maker) in seen or id(maker) not in order:
+                continue
+            seen.add(id(maker))
+            is_later = order[id(maker)] > order[id(node)]
+            if is_later and knowledge(maker).role == "weighted":
+                return True
+            pending += [t for t in maker.inputs if not is_constant(t)]
+    return False
+
+
+def _refit(graph: gs.Graph, node: gs.Node, found: Any) -> Change | Skip:
+    weight, row = weight_of(node), knowledge(node)
+    assert weight is not None
+    W = matrix(node, values(weight).astype(np.float64))
+    b = _bias_of(node).reshape(W.shape[:2])
+    best = refit(found.folds, W, b, _has_bias(node))
+    if row.bias is not None and not _has_bias(node):
+        more = refit(found.folds, W, b, True)
+        best = more if more.after < (1 - WORTH) * best.after else best
+    scale = float(sum(s.variance().sum() for s in found.folds))
+    if not best.after < best.before or scale <= 0:
+        return Skip(node.name, "not refit: nothing lowers the error of its outputs")
+    return _write(graph, node, best, scale)
+
+
+def _bias_of(node: gs.Node) -> Array:
+    channels = _channels(node)
+    if not _has_bias(node):
+        return np.zeros(channels)
+    bias = values(node.inputs[knowledge(node).bias]).astype(np.float64)
+    return np.broadcast_to(bias.reshape(-1), channels)
+
+
+def _write(graph: gs.Graph, node: gs.Node, best: Fit, scale: float) -> Change:
+    weight, row = weight_of(node), knowledge(node)
+    assert weight is not None and row.weight is not None
+    old = [t for t in node.inputs if isinstance(t, gs.Constant)]
+    before = sum(map(nbytes, old))
+    array = from_matrix(node, best.W, tuple(weight.shape)).astype(weight.dtype)
+    node.inputs[row.weight] = store(graph, fresh(graph, f"{weight.name}_refit"), array)
+    if row.bias is not None and (_has_bias(node) or best.b.any()):
+        _set_bias(graph, node, best.b.reshape(-1).astype(weight.dtype))
+    after = sum(nbytes(t) for t in node.inputs if isinstance(t, gs.Constant))
+    shares = f"{best.before / scale:.2%} to {best.after / scale:.2%}"
+    return Change(node.name, f"refit, error of its outputs {shares}", before, after)
+
+
+def _set_bias(graph: gs.Graph, node: gs.Node, bias: Array) -> None:
+    position = knowledge(node).bias
+    assert position is not None
+    stem = node.inputs[position].name if _has_bias(node) else f"{node.name}_bias"
+    made = constant(fresh(graph, f"{stem}_refit"), bias)
+    if position < len(node.inputs):
+        node.inputs[position] = made
+    else:
+        node.inputs.append(made)
