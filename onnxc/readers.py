@@ -8,7 +8,7 @@ convolution, the same place of every group where groups are cut alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,6 @@ class Reader:
         return in_axis(self.node)
 
 
-def readers(group: Group, nodes: dict[str, gs.Node]) -> Sequence[Reader]:
+def readers(group: Group, nodes: Mapping[str, gs.Node]) -> Sequence[Reader]:
     """All readers of the channels of a group."""
     return [Reader(nodes[slot.node], slot) for slot in group.slots if slot.role == "reads"]

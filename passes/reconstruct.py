@@ -60,11 +60,11 @@ class Reconstruct:
 
     def steps(self, graph: gs.Graph, context: Context) -> Iterator[Pass]:
         """One step a heavy node, in the order of the graph."""
-        allowed = context.only.names(graph)
+        kept = context.only.excluded(graph)  # the others follow what was done to any node
         changed = set[str]() if context.original is None else moved(graph, context.original)
         for node in list(graph.nodes):
             if knowledge(node).role == "weighted":
-                reason = "excluded" if node.name not in allowed else _obstacle(node, context)
+                reason = "excluded" if node.name in kept else _obstacle(node, context)
                 if not reason and node.outputs[0].name not in changed:
                     reason = "not refit: it computes what it did in the original"
                 yield RefitNode(node.name, self.blocks, reason)

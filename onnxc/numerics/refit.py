@@ -129,18 +129,19 @@ def refit(
     before = float(first.error(W, b).sum() + second.error(W, b).sum())
     tried = {}
     for ridge in ridges:
-        one, other = (solve(fold, W, b, kept, ridge, is_biased) for fold in folds)
+        one, other = (
+            solve(fold.moments(is_biased), W, b, kept, ridge, is_biased) for fold in folds
+        )
         tried[ridge] = float(second.error(*one).sum() + first.error(*other).sum())
     best = min(tried, key=lambda ridge: tried[ridge])
-    fitted = solve(first + second, W, b, kept, best, is_biased)
+    fitted = solve((first + second).moments(is_biased), W, b, kept, best, is_biased)
     return Fit(*fitted, before, tried[best], best)
 
 
 def solve(
-    sums: Sums, W: Floats, b: Floats, kept: Mask, ridge: float, is_biased: bool = True
+    m: Moments, W: Floats, b: Floats, kept: Mask, ridge: float, is_biased: bool = True
 ) -> tuple[Floats, Floats]:
-    """Ŵ and b̂ for one λ. kept: where W may change, as (groups, outputs, d)."""
-    m = sums.moments(is_biased)
+    """Ŵ and b̂ for one λ. m: about the means if is_biased. kept: where W may change, like W."""
     R = m.T - W @ m.H - (0 if is_biased else b[:, :, None] * m.x[:, None, :])
     D = np.diagonal(m.H, axis1=1, axis2=2)
     scale = 1 / np.sqrt(np.maximum(D, TINY * max(float(D.mean()), np.finfo(float).tiny)))
