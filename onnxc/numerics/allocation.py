@@ -1,27 +1,25 @@
 """How many classes of channels each group loses, under one budget for the model.
 
-Group g of n_g classes keeps the share s_g = 1 − k_g / n_g after losing k_g. What the model costs,
-in multiply-accumulates or milliseconds, is a sum of terms,
-
-    cost(k) = Σ_t cost_t Π_{g in groups of t} s_g,
-
-as a layer's work is proportional to its input and its output channels: what a group saves depends
-on what its neighbours have lost. Counts are sought with
+Counts k_g of the classes that go are sought with
 
     min Σ_g D_g(k_g)    subject to    cost(k) ≤ budget · cost(0),
 
-D_g being the damage done by the first k_g classes of g: greedily, each time the jump of the least
-damage for what it saves now, over all jumps of a group and not only the next (so the damage may be
-any curve: the greedy path runs along its convex hull); then by exchange: as long as a pair of
-groups has counts that do less damage within the budget, the best such pair takes them. Yang 2019
-("ECC") and He 2018 ("AMC") learn what is solved for here.
+D_g being the damage done by the first k_g classes of g, and cost any function of all counts, in
+multiply-accumulates or milliseconds: a layer's work goes with its input channels times its output
+channels, so that what a group saves depends on what its neighbours have lost.
+
+Greedily first, each time the jump of the least damage for what it saves as things stand, over all
+jumps of a group and not only the next one: a damage curve need not be convex, and the path runs
+along its hull. Then by exchange: as long as a pair of groups does less damage with other counts
+near by, within the budget, the best such pair takes them. Yang 2019 ("ECC") and He 2018 ("AMC")
+train for what is solved here.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +27,11 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
+Cost = Callable[[Indices], Floats]  # counts that go, (n, groups), to costs, (n,)
 
 CLOSE = 1e-9  # relative: budgets are met, and exchanges count, to rounding
-EXCHANGES = 200  # pairs of groups that take other counts, at most
+NEAR = 2  # allowed counts, up and down, that an exchange looks at
+EXCHANGES = 200  # at most
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Curve:
     """The damage of a group: D_g(k) for k = 0, …, and what limits k.
 
     damage: (steps + 1,), D(0) = 0; classes that may not go have no step. classes: n, of which at
-    least `least` (a share) stay. multiple: of how many channels the rest must be, each class being
-    `width` of them; all of them may always stay.
+    least `least` (a share) stay, and one. multiple: of how many channels the rest must be, each
+    class being `width` of them; all of them may always stay.
     """
 
     damage: Floats
@@ -60,119 +60,84 @@ class Curve:
         return np.asarray(k[(k == 0) | (left % self.multiple == 0)])
 
 
-@dataclass(frozen=True)
-class Term:
-    """A part of the cost that is proportional to the kept share of each of some groups."""
-
-    cost: float
-    groups: tuple[int, ...]
-
-
-def total(terms: Sequence[Term], curves: Sequence[Curve], counts: Sequence[int]) -> float:
-    """cost(k)."""
-    shares = [1 - k / curve.classes for k, curve in zip(counts, curves, strict=True)]
-    return sum(term.cost * math.prod(shares[g] for g in term.groups) for term in terms)
-
-
 def uniform(curves: Sequence[Curve], ratio: float) -> list[int]:
     """The allowed count of each group that is nearest to ratio · n; of two, the smaller one."""
     return [int(c.counts[np.argmin(np.abs(c.counts - ratio * c.classes))]) for c in curves]
 
 
-def uniform_under(curves: Sequence[Curve], terms: Sequence[Term], budget: float) -> list[int]:
+def uniform_under(curves: Sequence[Curve], cost: Cost, budget: float) -> list[int]:
     """The counts of the smallest ratio, in hundredths, that meets the budget, or the largest."""
-    limit = _limit(curves, terms, budget)
-    for ratio in np.arange(0, 1, 0.01):
-        found = uniform(curves, float(ratio))
-        if total(terms, curves, found) <= limit:
-            break
-    return found
+    tried = [uniform(curves, ratio / 100) for ratio in range(100)]
+    meets = cost(np.array(tried)) <= _limit(curves, cost, budget)
+    return tried[int(np.argmax(meets))] if meets.any() else tried[-1]
 
 
-def allocate(curves: Sequence[Curve], terms: Sequence[Term], budget: float) -> list[int]:
+def allocate(curves: Sequence[Curve], cost: Cost, budget: float) -> list[int]:
     """k_g of each group. budget: a share of cost(0); counts are the largest if it cannot be met."""
-    limit = _limit(curves, terms, budget)
-    counts = [0] * len(curves)
-    while total(terms, curves, counts) > limit:
-        jump = _best_jump(curves, terms, counts, limit)
+    limit = _limit(curves, cost, budget)
+    counts = np.zeros(len(curves), np.intp)
+    while (now := float(cost(counts[None])[0])) > limit:
+        jump = _best_jump(curves, cost, counts, now, limit)
         if jump is None:
-            return counts
-        counts[jump[0]] = jump[1]
+            return counts.tolist()
+        counts = jump
     for _ in range(EXCHANGES):
-        if not _exchange(curves, terms, counts, limit):
+        better = _exchange(curves, cost, counts, limit)
+        if better is None:
             break
-    return counts
+        counts = better
+    return counts.tolist()
 
 
-def _limit(curves: Sequence[Curve], terms: Sequence[Term], budget: float) -> float:
-    return budget * total(terms, curves, [0] * len(curves)) * (1 + CLOSE)
+def _limit(curves: Sequence[Curve], cost: Cost, budget: float) -> float:
+    return budget * float(cost(np.zeros((1, len(curves)), np.intp))[0]) * (1 + CLOSE)
 
 
 def _best_jump(
-    curves: Sequence[Curve], terms: Sequence[Term], counts: list[int], limit: float
-) -> tuple[int, int] | None:
-    """The group and the count of the least damage for what it saves, as far as it is needed."""
-    needed = total(terms, curves, counts) - limit
-    best, least = None, np.inf
-    for g, curve in enumerate(curves):
-        options = curve.counts[curve.counts > counts[g]]
-        saved = _rate(terms, curves, counts, g) * (options - counts[g])
-        if not len(options) or saved[0] <= 0:
-            continue
-        price = (curve.damage[options] - curve.damage[counts[g]]) / np.minimum(saved, needed)
-        at = int(np.argmin(price))
-        if price[at] < least:
-            best, least = (g, int(options[at])), float(price[at])
-    return best
+    curves: Sequence[Curve], cost: Cost, counts: Indices, now: float, limit: float
+) -> Indices | None:
+    """Counts after the jump of the least damage for what it saves, as far as it is needed."""
+    options = _options(counts, [((g,), [(k,)]) for g, c in enumerate(curves) for k in c.counts])
+    options = options[(options > counts).any(axis=1)]
+    if not len(options):
+        return None
+    saved = np.minimum(now - cost(options), now - limit)
+    added = _damage(curves, options) - _damage(curves, counts[None])
+    price = np.where(saved > 0, added / np.maximum(saved, np.finfo(np.float64).tiny), np.inf)
+    best = int(np.argmin(price))
+    return options[best] if np.isfinite(price[best]) else None
 
 
-def _rate(terms: Sequence[Term], curves: Sequence[Curve], counts: list[int], g: int) -> float:
-    """What one more class of g saves now."""
-    kept = [1 - k / c.classes for k, c in zip(counts, curves, strict=True)]
-    parts = (
-        t.cost * math.prod(kept[h] for h in t.groups if h != g) for t in terms if g in t.groups
-    )
-    return sum(parts) / curves[g].classes
-
-
-def _exchange(
-    curves: Sequence[Curve], terms: Sequence[Term], counts: list[int], limit: float
-) -> bool:
-    """Give the pair of groups for which it helps most the counts that are best for both."""
-    best, gain = None, CLOSE * _damage(curves, counts)
+def _exchange(curves: Sequence[Curve], cost: Cost, counts: Indices, limit: float) -> Indices | None:
+    """Counts after the exchange between two groups that helps most; None where none helps."""
+    near = [_near(curve, int(k)) for curve, k in zip(curves, counts, strict=True)]
     pairs = itertools.combinations(range(len(curves)), 2) if len(curves) > 1 else [(0, 0)]
-    for a, b in pairs:
-        damage, cost = _plane(curves, terms, counts, a, b)
-        damage = np.where(cost <= limit, damage, np.inf)
-        at = np.unravel_index(int(np.argmin(damage)), damage.shape)
-        now = curves[a].damage[counts[a]] + (curves[b].damage[counts[b]] if a != b else 0)
-        if now - damage[at] > gain:
-            best, gain = (a, b, at), float(now - damage[at])
-    if best is None:
-        return False
-    a, b, (i, j) = best
-    counts[b] = int(curves[b].counts[j])
-    counts[a] = int(curves[a].counts[i])
-    return True
+    moves = [((a, b), list(itertools.product(near[a], near[b]))) for a, b in pairs]
+    options = _options(counts, moves)
+    damage, before = _damage(curves, options), float(_damage(curves, counts[None])[0])
+    options = options[damage < before * (1 - CLOSE)]
+    options = options[cost(options) <= limit] if len(options) else options
+    return options[np.argmin(_damage(curves, options))] if len(options) else None
 
 
-def _damage(curves: Sequence[Curve], counts: list[int]) -> float:
-    return float(sum(c.damage[k] for c, k in zip(curves, counts, strict=True)))
+def _near(curve: Curve, k: int) -> list[int]:
+    """Allowed counts around k."""
+    at = int(np.searchsorted(curve.counts, k))
+    return [int(i) for i in curve.counts[max(at - NEAR, 0) : at + NEAR + 1]]
 
 
-def _plane(
-    curves: Sequence[Curve], terms: Sequence[Term], counts: list[int], a: int, b: int
-) -> tuple[Floats, Floats]:
-    """Damage of a and b, and cost of all, for each pair of their counts; one row if a is b."""
-    kept = [1 - k / c.classes for k, c in zip(counts, curves, strict=True)]
-    x = 1 - curves[a].counts[:, None] / curves[a].classes
-    y = 1 - curves[b].counts[None, :] / curves[b].classes if a != b else np.ones((1, 1))
-    parts = np.zeros((2, 2))
-    for term in terms:
-        inside = (int(a in term.groups), int(a != b and b in term.groups))
-        parts[inside] += term.cost * math.prod(kept[g] for g in term.groups if g not in (a, b))
-    cost = parts[0, 0] + parts[1, 0] * x + parts[0, 1] * y + parts[1, 1] * x * y
-    damage = curves[a].damage[curves[a].counts][:, None]
-    if a != b:
-        damage = damage + curves[b].damage[curves[b].counts][None, :]
-    return damage + 0 * cost, cost
+def _options(
+    counts: Indices, moves: Sequence[tuple[tuple[int, ...], Sequence[tuple[int, ...]]]]
+) -> Indices:
+    """The counts with those of some groups replaced, (n, groups)."""
+    groups = [where for where, values in moves for _ in values]
+    values = [value for _, some in moves for value in some]
+    options = np.tile(counts, (len(values), 1))
+    if values:
+        options[np.arange(len(values))[:, None], np.array(groups)] = np.array(values)
+    return options
+
+
+def _damage(curves: Sequence[Curve], options: Indices) -> Floats:
+    parts = (curve.damage[options[:, g]] for g, curve in enumerate(curves))
+    return np.asarray(sum(parts))
