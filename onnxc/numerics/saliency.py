@@ -1,216 +1,219 @@
-"""Which channels a network misses least, from the weights that make and read them and from H.
+"""Take channels out of what consumes them, so that the rest makes up for it.
 
-A channel c stands for the columns S_c of the weights W that read it. With the second moments H of
-the rows that W multiplies (about the mean where a bias takes the mean up), taking c out costs
+A **class** c of channels goes as one; it stands for the columns S of the weight W of each linear
+layer y = W x that consumes it. With the covariance of the rows x, damped,
 
-    obs       min over the other columns    tr(W_S ([H⁻¹]_SS)⁻¹ W_Sᵀ),
-              after which W ← W − W_S ([H⁻¹]_SS)⁻¹ [H⁻¹]_S:  and  H⁻¹ loses S
-              (Hassibi 1993, "Optimal brain surgeon", for groups of weights; Frantar 2022, OBC)
-    thinet    the others as they are        tr(W_T H_TT W_Tᵀ),  T: all that is out with c
-              (Luo 2017, "ThiNet", with moments in place of sampled positions)
-    lasso     Σ_c β_c W_c x_c ≈ W x         the channels whose β_c are the last to become zero
-              when the penalty λ Σ|β_c| grows (He 2017, "Channel pruning")
+    C = H − mu muᵀ + λ I,      H = E[x xᵀ],      λ = damping · mean diag(H − mu muᵀ),
 
-of the output's power, summed over all readers, each relative to its own. From the rows w_c of the
-weights that make the channels:
+the weights without the columns S that are best for E‖Wx − Ŵx − b̂‖² are
 
-    l1, l2    ‖w_c‖_p                       (Li 2017, "Pruning filters for efficient convnets")
-    fpgm      Σ_j ‖w_c − w_j‖               (He 2019, "Filter pruning via geometric median")
-    bn        the standard deviation of w_c x, which is |γ_c| of the batch norm that was folded
-              into w_c (Liu 2017, "Network slimming")
+    Ŵ = W − W_S ([C⁻¹]_SS)⁻¹ [C⁻¹]_S:,      b̂ = (W − Ŵ) mu,
+    loss_S = tr(W_S ([C⁻¹]_SS)⁻¹ W_Sᵀ),
 
-and of its values a: the share of them that are not zero (apoz, Hu 2016), their root mean square.
+which is the optimal brain surgeon (Hassibi 1993) for a set of columns instead of one weight. The
+moments are about the mean because the bias takes the mean up: it is the same as a row [x; 1]. After
+each step
+
+    C⁻¹ ← C⁻¹ − [C⁻¹]_:S ([C⁻¹]_SS)⁻¹ [C⁻¹]_S:
+
+is the inverse for what is left, so that losses of a sequence of steps add up to the constrained
+least-squares error of all the columns that went. The class of the least loss goes first, the loss
+of each consumer relative to the variance of its output, tr(W C Wᵀ), and added over consumers.
+
+A step reads only the blocks [C⁻¹]_SS and W_Sᵀ W_S of each class and the columns of the one that
+goes; what it takes from C⁻¹ is kept as a factor, C⁻¹ − F Fᵀ, and multiplied out every RANK columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.intp]
+Indices = NDArray[np.intp]
 
-DAMPING = 1e-3  # of the mean of diag(H), added to it
-STEPS = 128  # rounds of a greedy search; more channels go several at once
-PENALTIES = 100  # of a path of λ
-SWEEPS = 50  # of coordinate descent for one λ
+DAMPING = 0.01  # λ, of the mean variance of an input
+RANK = 256  # columns of F at which it is multiplied out
 
 
-@dataclass
-class Reading:
-    """A weight that reads channels: W (M, d), H (d, d), and the columns of each channel.
+@dataclass(frozen=True)
+class Consumer:
+    """A linear layer, or one group of a convolution, that consumes the classes.
 
-    weight: what its error counts with; by default that relative to the output's power.
+    W: (outputs, d). H: second moments of its rows, (d, d). mu: their mean, (d,), or None for a
+    layer that takes no bias. columns: of W, for each class; empty where it consumes none of it.
+    energy: what losses are relative to, None: the variance of its output. The groups of one
+    convolution share the sum of theirs.
     """
 
     W: Floats
     H: Floats
-    columns: Sequence[Ints]
-    weight: float | None = None
+    mu: Floats | None
+    columns: Sequence[Indices]
+    energy: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.weight is None:
-            power = float(np.einsum("md,de,me->", self.W, self.H, self.W, optimize=True))
-            self.weight = 1 / power if power > 0 else 0.0
+    @property
+    def covariance(self) -> Floats:
+        """H − mu muᵀ; H without a mean."""
+        return self.H if self.mu is None else self.H - np.outer(self.mu, self.mu)
 
-    def inverse(self) -> Floats:
-        """(H + λI)⁻¹, λ a small share of the mean of its diagonal."""
-        d = len(self.H)
-        ridge = DAMPING * max(float(np.trace(self.H)) / max(d, 1), np.finfo(np.float64).tiny)
-        return np.asarray(np.linalg.inv(self.H + ridge * np.eye(d)))
+    @property
+    def variance(self) -> float:
+        """E‖Wx − E[Wx]‖²; E‖Wx‖² without a mean."""
+        return float(np.sum((self.W @ self.covariance) * self.W))
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Channels in the order in which they go, and the error of all so far, after each.
+    """Classes in the order in which they went, and what is left.
 
-    Errors are those of the readers' outputs relative to their power, summed over the readers.
+    losses: what each step added to the relative squared error, summed over consumers. W, shift: of
+    each consumer, (outputs, d) with zeros for what went, and what its bias gains, (outputs,).
     """
 
-    order: Ints
-    errors: Floats
+    order: Indices
+    losses: Floats
+    W: tuple[Floats, ...]
+    shift: tuple[Floats, ...]
+
+    @property
+    def damage(self) -> Floats:
+        """Error after 0, 1, … steps, (steps + 1,)."""
+        return np.concatenate([[0.0], np.cumsum(self.losses)])
 
 
-def obs(readings: Sequence[Reading], gone: Sequence[int], count: int) -> Removal:
-    """Take out `count` channels, greedily, each time those that cost least after the update.
+def grouped(W: Floats, H: Floats, mu: Floats | None, columns: Sequence[Indices]) -> list[Consumer]:
+    """The consumers that the groups of one layer are, with the energy of all of them.
 
-    gone: channels that are out already. Returns the rest in order, as many as `count`.
+    W: (groups, outputs, d), H: (groups, d, d), mu: (groups, d). columns: for each class, of W seen
+    as (outputs, groups · d).
     """
-    work = [(r.W.copy(), r.inverse(), r) for r in readings]
-    left = [c for c in range(_channels(readings)) if c not in set(gone)]
-    for channel in gone:
-        _take_out(work, [channel])
-    order: list[int] = []
-    found: list[float] = []
-    error, at_once = 0.0, max(1, -(-count // STEPS))
-    while left and len(order) < count:
-        costs = sum((_costs(W, P, r, left) for W, P, r in work), np.zeros(len(left)))
-        now = min(at_once, count - len(order))
-        picked = [left[i] for i in np.argsort(costs, kind="stable")[:now]]
-        paid = _take_out(work, picked)
-        for number, channel in enumerate(picked, 1):
-            left.remove(channel)
-            order.append(channel)
-            found.append(error + paid * number / len(picked))
-        error += paid
-    return Removal(np.array(order, np.intp), np.array(found))
+    d = W.shape[2]
+    parts = [
+        Consumer(W[g], H[g], None if mu is None else mu[g], _within(columns, g * d, d))
+        for g in range(len(W))
+    ]
+    energy = sum(part.variance for part in parts)
+    return [Consumer(p.W, p.H, p.mu, p.columns, energy) for p in parts]
 
 
-def _channels(readings: Sequence[Reading]) -> int:
-    return len(readings[0].columns) if readings else 0
+def remove(
+    consumers: Sequence[Consumer],
+    count: int,
+    order: Sequence[int] | Indices | None = None,
+    damping: float = DAMPING,
+) -> Removal:
+    """Take out `count` classes, the one of the least loss first, or in a given order.
+
+    order: as another criterion has it; the update is the same. Classes are numbered as in the
+    columns of the consumers, which all have as many. Consumers are left as they are.
+    """
+    states = [_state(consumer, damping) for consumer in consumers]
+    alive = np.ones(len(consumers[0].columns), bool)
+    steps = min(count, len(alive) if order is None else len(order))
+    gone, losses = np.zeros(steps, np.intp), np.zeros(steps)
+    for step in range(steps):
+        scores = np.sum([state.scores() for state in states], axis=0)
+        chosen = int(np.argmin(np.where(alive, scores, np.inf)) if order is None else order[step])
+        gone[step], losses[step], alive[chosen] = chosen, scores[chosen], False
+        for state in states:
+            state.take(chosen)
+    W = tuple(state.W for state in states)
+    return Removal(gone, losses, W, tuple(map(_shift, consumers, W)))
 
 
-def _costs(W: Floats, P: Floats, reading: Reading, left: Sequence[int]) -> Floats:
-    """tr(W_S (P_SS)⁻¹ W_Sᵀ) of each channel that is left, P = H⁻¹."""
-    costs = np.zeros(len(left))
-    widths = np.array([len(reading.columns[c]) for c in left])
-    for width in np.unique(widths[widths > 0]):
-        which = np.flatnonzero(widths == width)
-        S = np.array([reading.columns[left[int(i)]] for i in which])
-        blocks = P[S[:, :, None], S[:, None, :]]
-        columns = W[:, S].transpose(1, 2, 0)  # (channels, width, M)
-        costs[which] = np.einsum("csm,csm->c", columns, np.linalg.solve(blocks, columns))
-    assert reading.weight is not None
-    return costs * reading.weight
+def _shift(consumer: Consumer, W: Floats) -> Floats:
+    """What the bias gains, (outputs,)."""
+    if consumer.mu is None:
+        return np.zeros(len(W))
+    return np.asarray((consumer.W - W) @ consumer.mu)
 
 
-def _take_out(work: Sequence[tuple[Floats, Floats, Reading]], channels: Sequence[int]) -> float:
-    """Set the columns of channels to zero, the others to what is then best; the error that adds."""
-    paid = 0.0
-    for W, P, reading in work:
-        S = np.concatenate([reading.columns[c] for c in channels])
+def _within(columns: Sequence[Indices], begin: int, d: int) -> list[Indices]:
+    inside = ((c >= begin) & (c < begin + d) for c in map(np.asarray, columns))
+    return [np.asarray(c)[is_in] - begin for c, is_in in zip(columns, inside, strict=True)]
+
+
+@dataclass
+class _State:
+    """One consumer on its way: C⁻¹ = inverse − F Fᵀ, and the blocks that scores are made of.
+
+    index: columns of each class, (classes, k), filled up where `real` is False. P: blocks of C⁻¹,
+    the identity where there is no column. G: blocks of Wᵀ W.
+    """
+
+    W: Floats
+    inverse: Floats
+    index: Indices
+    real: NDArray[np.bool_]
+    energy: float
+    F: Floats = field(init=False)
+    P: Floats = field(init=False)
+    G: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.F = np.zeros((len(self.inverse), 0))
+        self._read_blocks()
+
+    def scores(self) -> Floats:
+        """loss_S of each class, relative; 0 for one that is gone or not consumed."""
+        traces = np.trace(np.linalg.solve(self.P, self.G), axis1=1, axis2=2)
+        return np.asarray(np.maximum(traces, 0) / self.energy)
+
+    def take(self, chosen: int) -> None:
+        """Take a class out, and let the other columns make up for it."""
+        S = self.index[chosen][self.real[chosen]]
         if not len(S):
-            continue
-        A = np.linalg.solve(P[np.ix_(S, S)], P[S])
-        assert reading.weight is not None
-        step = W[:, S] @ A
-        paid += reading.weight * float(
-            np.sum(W[:, S] * np.linalg.solve(P[np.ix_(S, S)], W[:, S].T).T)
-        )
-        W -= step
-        W[:, S] = 0
-        P -= P[:, S] @ A
-        P[S], P[:, S] = 0, 0
-        P[S, S] = 1  # of no effect: what is out has zero weights
-    return paid
-
-
-def overlap(readings: Sequence[Reading]) -> Floats:
-    """Q_ij = tr(W_i H_ij W_jᵀ) for channels i and j, relative and summed over the readers."""
-    n = _channels(readings)
-    Q = np.zeros((n, n))
-    for reading in readings:
-        owner = np.full(len(reading.H), -1)
-        for channel, columns in enumerate(reading.columns):
-            owner[columns] = channel
-        products = (reading.W.T @ reading.W) * reading.H * (reading.weight or 0.0)
-        known = owner >= 0
-        np.add.at(Q, (owner[known][:, None], owner[known][None, :]), products[np.ix_(known, known)])
-    return Q
-
-
-def thinet(readings: Sequence[Reading], gone: Sequence[int], count: int) -> Removal:
-    """Take out `count` channels, greedily, each time the one that adds least to the error."""
-    Q = overlap(readings)
-    left = [c for c in range(len(Q)) if c not in set(gone)]
-    pull = 2 * Q[:, list(gone)].sum(axis=1)
-    order: list[int] = []
-    for _ in range(min(count, len(left))):
-        channel = left.pop(int(np.argmin(Q[left, left] + pull[left])))
-        pull += 2 * Q[:, channel]
-        order.append(channel)
-    picked = np.array(order, np.intp)
-    return Removal(picked, errors(readings, gone, picked))
-
-
-def errors(readings: Sequence[Reading], gone: Sequence[int], order: Ints) -> Floats:
-    """The error after each channel of an order, the others as they are."""
-    Q = overlap(readings)
-    pull = 2 * Q[:, list(gone)].sum(axis=1)
-    found = np.zeros(len(order))
-    error = 0.0
-    for number, channel in enumerate(order):
-        error += float(Q[channel, channel] + pull[channel])
-        pull += 2 * Q[:, channel]
-        found[number] = error
-    return found
-
-
-def lasso(readings: Sequence[Reading]) -> Floats:
-    """The largest λ at which each channel's β is not zero: low ones go first."""
-    Q = overlap(readings)
-    p = Q.sum(axis=1)
-    last = np.zeros(len(Q))
-    beta = np.zeros(len(Q))
-    for penalty in np.geomspace(1, 1e-4, PENALTIES) * max(float(np.abs(p).max(initial=0)), 1e-300):
-        _descend(Q, p, beta, float(penalty))
-        fresh = (beta != 0) & (last == 0)
-        last[fresh] = penalty * (1 + np.abs(beta[fresh]))
-    return last
-
-
-def _descend(Q: Floats, p: Floats, beta: Floats, penalty: float) -> None:
-    """min ½ βᵀQβ − pᵀβ + λ Σ|β|, by coordinates, from where β is."""
-    for _ in range(SWEEPS):
-        before = beta.copy()
-        for c in range(len(Q)):
-            rest = p[c] - Q[c] @ beta + Q[c, c] * beta[c]
-            size = max(abs(rest) - penalty, 0.0)
-            beta[c] = np.sign(rest) * size / Q[c, c] if Q[c, c] > 0 else 0.0
-        if np.abs(beta - before).max(initial=0) < 1e-4:
             return
+        E = self.inverse[:, S] - self.F @ self.F[S].T
+        B = np.linalg.inv(E[S])
+        A = self.W[:, S] @ B
+        self._update_blocks(chosen, E, E @ np.linalg.cholesky((B + B.T) / 2), A)
+        self.W -= A @ E.T
+        self.W[:, S] = 0
+        if self.F.shape[1] >= RANK:
+            self._multiply_out()
+
+    def _update_blocks(self, chosen: int, E: Floats, F: Floats, A: Floats) -> None:
+        e, f, cross = E[self.index], F[self.index], (self.W.T @ A)[self.index]
+        both = np.matmul(cross, e.transpose(0, 2, 1))
+        self.G += np.matmul(e @ (A.T @ A), e.transpose(0, 2, 1)) - both - both.transpose(0, 2, 1)
+        self.P -= np.matmul(f, f.transpose(0, 2, 1))
+        self.F = np.concatenate([self.F, F], axis=1)
+        self.real[chosen] = False
+        self._blank()
+
+    def _multiply_out(self) -> None:
+        self.inverse -= self.F @ self.F.T
+        self.F = self.F[:, :0]
+        self._read_blocks()
+
+    def _read_blocks(self) -> None:
+        self.P = self.inverse[self.index[:, :, None], self.index[:, None, :]]
+        taken = self.W.T[self.index]  # (classes, k, outputs)
+        self.G = np.matmul(taken, taken.transpose(0, 2, 1))
+        self._blank()
+
+    def _blank(self) -> None:
+        """What is filled up or gone counts nothing."""
+        pairs = self.real[:, :, None] & self.real[:, None, :]
+        self.P = np.where(pairs, self.P, np.eye(self.index.shape[1]))
+        self.G = np.where(pairs, self.G, 0)
 
 
-def norms(rows: Floats, order: int) -> Floats:
-    """‖w_c‖ of rows (channels, entries)."""
-    return np.asarray(np.linalg.norm(rows, ord=order, axis=1))
-
-
-def distances(rows: Floats) -> Floats:
-    """Σ_j ‖w_c − w_j‖ of rows (channels, entries): low near the geometric median."""
-    squares = np.einsum("ce,ce->c", rows, rows)
-    between = squares[:, None] + squares[None, :] - 2 * rows @ rows.T
-    return np.asarray(np.sqrt(np.maximum(between, 0)).sum(axis=1))
+def _state(consumer: Consumer, damping: float) -> _State:
+    C = consumer.covariance
+    d, tiny = len(C), np.finfo(np.float64).tiny
+    share = damping * max(float(np.trace(C)) / max(d, 1), tiny**0.5)
+    longest = max(map(len, consumer.columns), default=0)
+    index = np.zeros((len(consumer.columns), longest), np.intp)
+    real = np.zeros(index.shape, bool)
+    for row, columns in enumerate(consumer.columns):
+        index[row, : len(columns)], real[row, : len(columns)] = columns, True
+    energy = consumer.variance if consumer.energy is None else consumer.energy
+    W = np.array(consumer.W, np.float64)
+    inverse = np.asarray(np.linalg.inv(C + share * np.eye(d)), np.float64)
+    return _State(W, inverse, index, real, max(energy, tiny**0.5))
