@@ -1,7 +1,9 @@
 """CRITERIA: what may tell which channels of a group go first. One row a criterion.
 
 A row says which statistics it wants of the graph and puts channels in order, with the mathematics
-of `onnxc.numerics.saliency`. Where data are missing, H is the identity.
+of `onnxc.numerics.criteria` and `onnxc.numerics.saliency`. Batch norms are folded into the weights
+before; the |γ| of one is then the standard deviation of what the weights make. Where there are no
+data, H is the identity.
 """
 
 from __future__ import annotations
@@ -20,13 +22,25 @@ from onnxc.channels import Group
 from onnxc.core import Key
 from onnxc.edit import values
 from onnxc.moments import matrix, moments_key
-from onnxc.numerics import saliency
-from onnxc.numerics.saliency import Reading, Removal
+from onnxc.numerics import criteria
+from onnxc.numerics.saliency import Consumer, grouped, remove
 from onnxc.ops import knowledge
 from onnxc.readers import Reader, readers
 
 Array = NDArray[Any]
 Name = Literal["obs", "l1", "l2", "fpgm", "bn", "apoz", "activation", "thinet", "lasso", "random"]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Channels of a group in the order in which they go, by number, and what that costs.
+
+    damage: (steps + 1,), the squared error of the readers' outputs after 0, 1, … channels, relative
+    to their variance and summed over the readers, with the other weights updated.
+    """
+
+    order: Array
+    damage: Array
 
 
 @dataclass(frozen=True)
@@ -52,55 +66,45 @@ class View:
         ]
 
     @cached_property
-    def gone(self) -> list[int]:
-        """Channels, by number, whose every reader's weights are zero."""
+    def alive(self) -> Array:
+        """Numbers of the channels that some reader has weights for."""
         alive = np.zeros(len(self.group.channels), bool)
         for reader in self.readers:
-            W = reader.matrix()
-            used = (W != 0).any(axis=1).reshape(-1)
+            used = (reader.matrix() != 0).any(axis=1).reshape(-1)
             alive |= [bool(used[c].any()) for c in reader.columns(self.group.channels)]
-        return [int(c) for c in np.flatnonzero(~alive)]
+        return np.flatnonzero(alive)
 
     @cached_property
-    def readings(self) -> list[Reading]:
-        """What the readers multiply, one entry for each group of a convolution."""
-        return [reading for reader in self.readers for reading in self._readings(reader)]
+    def consumers(self) -> list[Consumer]:
+        """What reads the living channels, one entry for each group of a convolution."""
+        return [consumer for reader in self.readers for consumer in self._consumers(reader)]
 
-    def _readings(self, reader: Reader) -> Iterable[Reading]:
+    def _consumers(self, reader: Reader) -> Iterable[Consumer]:
         W = reader.matrix()
-        H = self.second(reader, W)
-        power = float(np.einsum("gmd,gde,gme->", W, H, W, optimize=True))
-        width = W.shape[2]
-        columns = reader.columns(self.group.channels)
-        for number in range(len(W)):
-            here = [c[(c >= number * width) & (c < (number + 1) * width)] for c in columns]
-            inside = [c - number * width for c in here]
-            yield Reading(W[number], H[number], inside, 1 / power if power > 0 else 0.0)
+        H, mu = self._moments(reader, W)
+        columns = reader.columns(self.group.channels[self.alive])
+        return map(_without_zeros, grouped(W, H, mu, columns))
 
-    def second(self, reader: Reader, W: Array) -> Array:
-        """H (g, d, d) of a reader's rows, about the mean where a bias takes it up."""
+    def _moments(self, reader: Reader, W: Array) -> tuple[Array, Array | None]:
+        """H (g, d, d) of a reader's rows, and their mean where a bias takes it up."""
         found = None if reader.key is None else self.stats.get(reader.key)
         if found is None:
-            return np.broadcast_to(np.eye(W.shape[2]), (len(W), W.shape[2], W.shape[2]))
-        H = found.second
-        if not has_place(reader.node):
-            return np.asarray(H)
-        return np.asarray(H - found.mean[:, :, None] * found.mean[:, None, :])
+            return np.broadcast_to(np.eye(W.shape[2]), (len(W), W.shape[2], W.shape[2])), None
+        return found.second, found.mean if has_place(reader.node) else None
 
-    def rows(self) -> Array:
-        """Weights that make each channel, (channels, entries)."""
+    def rows(self) -> list[Array]:
+        """Weights that make each living channel, (channels, entries), for each maker."""
         parts = []
         for node, axis, labels in self.makers:
-            weight = values(node.inputs[knowledge(node).weight]).astype(np.float64)
-            moved = np.moveaxis(weight, axis, 0).reshape(len(labels), -1)
-            parts.append(self._by_channel(moved, labels))
-        n = len(self.group.channels)
-        return np.concatenate(parts, axis=1) if parts else np.zeros((n, 1))
+            weight = values(node.inputs[knowledge(node).weight])
+            parts.append(self.by_channel(np.moveaxis(weight, axis, 0), labels))
+        return parts
 
-    def _by_channel(self, rows: Array, labels: Array) -> Array:
-        """Rows of an axis put together by channel; a channel may stand for several."""
-        picked = [rows[labels == channel].reshape(-1) for channel in self.group.channels]
-        widest = max(map(len, picked))
+    def by_channel(self, rows: Array, labels: Array) -> Array:
+        """Rows of an axis put together by living channel, (channels, entries)."""
+        flat = rows.reshape(len(labels), -1)
+        picked = [flat[labels == c].reshape(-1) for c in self.group.channels[self.alive]]
+        widest = max(map(len, picked), default=0)
         return np.array([np.pad(row, (0, widest - len(row))) for row in picked])
 
     def inputs(self, what: str) -> Iterable[tuple[Key, Array]]:
@@ -111,58 +115,70 @@ class View:
                 axis = row.x_axis(reader.node)
                 yield Key(reader.node.inputs[row.data[0]].name, what, axis), reader.slot.labels
 
-    def means(self, what: str, field: str) -> Array:
-        """A statistic of the channels, its mean over the readers; 0 where it is not known."""
-        found = [np.zeros(len(self.group.channels))]
-        for key, labels in self.inputs(what):
-            if key in self.stats and len(labels) == len(getattr(self.stats[key], field)):
-                rows = getattr(self.stats[key], field)[:, None]
-                found.append(self._by_channel(rows, labels).mean(axis=1))
-        return np.asarray(np.mean(found[1:] or found, axis=0))
+    def shares(self) -> list[Array]:
+        """Shares of zeros of the living channels, as each reader reads them."""
+        known = [
+            (self.stats[k].zeros, labels) for k, labels in self.inputs("zeros") if k in self.stats
+        ]
+        fitting = [(z, labels) for z, labels in known if len(z) == len(labels)]
+        return [self.by_channel(z[:, None], labels).mean(axis=1) for z, labels in fitting]
+
+    def powers(self) -> list[Array]:
+        """Root mean squares of the living channels, as each reader reads them."""
+        found = []
+        for reader in self.readers:
+            if reader.key is not None and reader.key in self.stats:
+                diagonal = self.stats[reader.key].diagonal.reshape(-1)
+                columns = reader.columns(self.group.channels[self.alive])
+                found.append(np.sqrt([diagonal[c].mean() for c in columns]))
+        return found
+
+    def deviations(self) -> list[Array]:
+        """Standard deviations of what makes the living channels, for each maker."""
+        found = []
+        for node, _, labels in self.makers:
+            key, weight = moments_key(node), values(node.inputs[knowledge(node).weight])
+            if key is not None and key in self.stats and len(weight) == len(labels):
+                stats, W = self.stats[key], matrix(node, weight.astype(np.float64))
+                C = stats.second - stats.mean[:, :, None] * stats.mean[:, None, :]
+                variance = np.maximum(np.sum((W @ C) * W, axis=2), 0).reshape(-1, 1)
+                found.append(np.sqrt(self.by_channel(variance, labels).mean(axis=1)))
+        return found
+
+
+def _without_zeros(consumer: Consumer) -> Consumer:
+    """A consumer without the columns that are zero, which must stay so."""
+    used = consumer.W.any(axis=0)
+    if used.all():
+        return consumer
+    number = np.cumsum(used) - 1
+    columns = [number[c[used[c]]] for c in map(np.asarray, consumer.columns)]
+    mu = None if consumer.mu is None else consumer.mu[used]
+    H = consumer.H[np.ix_(used, used)]
+    return Consumer(consumer.W[:, used], H, mu, columns, consumer.energy)
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One criterion. order: `count` channels, the first to go first. wants: its statistics."""
+    """One criterion. score: of each living channel, low ones go first; None for OBS.
 
-    order: Callable[[View, int], Removal]
+    wants: its statistics besides the moments of the readers' rows.
+    """
+
+    score: Callable[[View], Array] | None
     wants: Callable[[View], Iterable[Key]] = lambda view: ()
 
 
-def _by(score: Callable[[View], Array]) -> Callable[[View, int], Removal]:
-    """Low scores first; errors are those of the readers without an update."""
-
-    def order(view: View, count: int) -> Removal:
-        scores = score(view)
-        left = [c for c in np.argsort(scores, kind="stable") if c not in set(view.gone)]
-        picked = np.array(left[:count], np.intp)
-        return Removal(picked, saliency.errors(view.readings, view.gone, picked))
-
-    return order
+def _by_rows(score: Callable[[Sequence[Array]], Array]) -> Criterion:
+    return Criterion(lambda view: score(view.rows()) if view.makers else _alike(view))
 
 
-def _deviation(view: View) -> Array:
-    """Standard deviation of what makes each channel."""
-    parts = []
-    for node, _, labels in view.makers:
-        key = moments_key(node)
-        weight = values(node.inputs[knowledge(node).weight]).astype(np.float64)
-        if key is not None and key in view.stats and len(weight) == len(labels):
-            found, W = view.stats[key], matrix(node, weight)
-            H = found.second - found.mean[:, :, None] * found.mean[:, None, :]
-            spread = np.sqrt(np.maximum(np.einsum("gmd,gde,gme->gm", W, H, W, optimize=True), 0))
-            parts.append(view._by_channel(spread.reshape(-1, 1), labels).mean(axis=1))
-    return np.asarray(sum(parts)) if parts else saliency.norms(view.rows(), 2)
+def _alike(view: View) -> Array:
+    return np.zeros(len(view.alive))
 
 
-def _power(view: View) -> Array:
-    """Root mean square of the values that readers read."""
-    total = np.zeros(len(view.group.channels))
-    for reader in view.readers:
-        if reader.key is not None and reader.key in view.stats:
-            diagonal = view.stats[reader.key].diagonal.reshape(-1)
-            total += [diagonal[c].mean() for c in reader.columns(view.group.channels)]
-    return np.sqrt(total)
+def _known(score: Callable[[Sequence[Array]], Array], found: list[Array], view: View) -> Array:
+    return score(found) if found else _alike(view)
 
 
 def _reader_moments(view: View) -> Iterable[Key]:
@@ -175,24 +191,33 @@ def _maker_moments(view: View) -> Iterable[Key]:
 
 
 def _random(view: View) -> Array:
-    first = [int(c) for c in view.group.channels[:1]]
-    return np.random.default_rng([view.seed, *first]).random(len(view.group.channels))
+    return criteria.random(len(view.alive), view.seed + int(view.group.channels[0]))
 
 
 CRITERIA: dict[str, Criterion] = {
-    "obs": Criterion(lambda v, n: saliency.obs(v.readings, v.gone, n)),
-    "l1": Criterion(_by(lambda v: saliency.norms(v.rows(), 1))),
-    "l2": Criterion(_by(lambda v: saliency.norms(v.rows(), 2))),
-    "fpgm": Criterion(_by(lambda v: saliency.distances(v.rows()))),
-    "bn": Criterion(_by(_deviation), _maker_moments),
+    "obs": Criterion(None),
+    "l1": _by_rows(criteria.l1),
+    "l2": _by_rows(criteria.l2),
+    "fpgm": _by_rows(criteria.fpgm),
+    "bn": Criterion(lambda v: _known(criteria.bn, v.deviations(), v), _maker_moments),
     "apoz": Criterion(
-        _by(lambda v: 1 - v.means("zeros", "zeros")), lambda v: [k for k, _ in v.inputs("zeros")]
+        lambda v: _known(criteria.apoz, v.shares(), v), lambda v: [k for k, _ in v.inputs("zeros")]
     ),
-    "activation": Criterion(_by(_power)),
-    "thinet": Criterion(lambda v, n: saliency.thinet(v.readings, v.gone, n)),
-    "lasso": Criterion(_by(lambda v: saliency.lasso(v.readings))),
-    "random": Criterion(_by(_random)),
+    "activation": Criterion(lambda v: _known(criteria.activation, v.powers(), v)),
+    "thinet": Criterion(lambda v: criteria.thinet(v.consumers)),
+    "lasso": Criterion(lambda v: criteria.lasso(v.consumers)),
+    "random": Criterion(_random),
 }
+
+
+def rank(view: View, name: Name, count: int) -> Ranking:
+    """The first `count` channels to go by a criterion; fewer where fewer live."""
+    if count <= 0 or not len(view.alive):
+        return Ranking(np.zeros(0, np.intp), np.zeros(1))
+    score = CRITERIA[name].score
+    order = None if score is None else np.argsort(score(view), kind="stable")
+    found = remove(view.consumers, min(count, len(view.alive)), order)
+    return Ranking(view.alive[found.order], found.damage)
 
 
 def wanted(view: View, name: Name) -> Iterable[Key]:

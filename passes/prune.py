@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnxc.biases import has_place, shift_bias
 from onnxc.channels import Group, find_channels
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.criteria import CRITERIA, Name, View, wanted
+from onnxc.criteria import Name, View, rank, wanted
 from onnxc.errors import OptionError
 from onnxc.graph import fresh, nbytes, store
 from onnxc.moments import mean_output
@@ -121,8 +121,8 @@ class Prune:
         """Numbers of the channels to take out, without those that are out already."""
         n = len(part.group.channels)
         wanted = self.counts.get(part.name, round(self.ratio * n))
-        count = min(wanted, n - 1) - len(view.gone)
-        return CRITERIA[self.criterion].order(view, count).order if count > 0 else np.zeros(0, int)
+        count = min(wanted, n - 1) - (n - len(view.alive))
+        return rank(view, self.criterion, count).order
 
     def _rewrite(
         self, graph: gs.Graph, reader: Reader, columns: Array, context: Context
@@ -211,7 +211,7 @@ def _errors(W: Array, cut: Array, new: Array, stats: Any) -> str:
 def _told(part: Part, view: View, count: int, criterion: str) -> Change | Skip:
     makers, n = part.group.nodes("makes"), len(part.group.channels)
     if not count:
-        return Skip(makers[0], f"all {n - len(view.gone)} channels stay")
+        return Skip(makers[0], f"all {len(view.alive)} channels stay")
     also = f", made by {len(makers)} nodes" if len(makers) > 1 else ""
     read = f"read by {len(part.group.nodes('reads'))}"
     return Change(makers[0], f"{count} of {n} channels out by {criterion}{also}, {read}")
