@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxc.numerics import criteria
-from onnxc.numerics.allocation import Cost, Curve, allocate, uniform, uniform_under
+from onnxc.numerics.allocation import Cost, Curve, allocate, through, uniform, uniform_under
 from onnxc.numerics.saliency import Consumer, grouped, remove
 
 Array = NDArray[Any]
@@ -223,6 +223,15 @@ def test_a_cliff_after_a_plateau_is_seen() -> None:
     steep, late = np.arange(6.0), np.array([0, 1.5, 1.5, 1.5, 1.5, 9])
     curves = [Curve(steep, 6), Curve(late, 6)]
     assert allocate(curves, lambda k: 12 - k.sum(axis=1).astype(float), 8 / 12) == [0, 4]
+
+
+def test_a_measured_curve_goes_through_what_was_measured() -> None:
+    shape = np.array([0, 0, 1.0, 2, 4, 8])
+    found = through(shape, [1, 2, 4], [0.0, 0.5, 8.0])
+    np.testing.assert_allclose(found, [0, 0, 0.5, 2.5, 8, 16])
+    np.testing.assert_array_equal(through(0 * shape, [2], [1.0]), 0 * shape)
+    falling = through(shape, [2, 3], [4.0, 1.0])
+    assert (np.diff(falling) >= 0).all()
 
 
 def test_counts_respect_multiples_and_the_least_share() -> None:

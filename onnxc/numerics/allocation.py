@@ -8,6 +8,10 @@ D_g being the damage done by the first k_g classes of g, and cost any function o
 multiply-accumulates or milliseconds: a layer's work goes with its input channels times its output
 channels, so that what a group saves depends on what its neighbours have lost.
 
+Damage adds up over groups where it is an error of the model's outputs that is measured for one
+group at a time, at a few counts (`through`); the relative errors of the layers alone know nothing
+of what comes behind them.
+
 Greedily first, each time the jump of the least damage for what it saves as things stand, over all
 jumps of a group and not only the next one: a damage curve need not be convex, and the path runs
 along its hull. Then by exchange: as long as a pair of groups does less damage with other counts
@@ -58,6 +62,23 @@ class Curve:
         k = np.arange(max(most, 0) + 1)
         left = (self.classes - k) * self.width
         return np.asarray(k[(k == 0) | (left % self.multiple == 0)])
+
+
+def through(damage: Floats, counts: Sequence[int], errors: Sequence[float]) -> Floats:
+    """The curve through errors measured at some counts, shaped like `damage` between them.
+
+        D(k) = r(k) · damage(k),   r(k) = error / damage where measured, linear between
+
+    and never falling. damage: (steps + 1,), such as that of `onnxc.numerics.saliency`. counts:
+    above 0, growing.
+    """
+    at = np.asarray(counts, np.intp)
+    known = at[damage[at] > 0]
+    if not len(known):
+        return np.array(damage, np.float64)
+    found = np.asarray(errors, np.float64)[damage[at] > 0]
+    ratio = np.interp(np.arange(len(damage)), known, found / damage[known])
+    return np.asarray(np.maximum.accumulate(ratio * damage))
 
 
 def uniform(curves: Sequence[Curve], ratio: float) -> list[int]:
