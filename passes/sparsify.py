@@ -285,7 +285,8 @@ def _error(layer: Layer, context: Context) -> Quadratic:
         return Quadratic()
     is_centred = layer.has_biases and not layer.is_overlapping
     parts = [
-        sparse.quadratic(f.blocks(WIDEST), f.mean if is_centred else None).blocks for f in found
+        sparse.quadratic(f.blocks(WIDEST), f.mean if is_centred else None, f.count).blocks
+        for f in found
     ]
     if len({tuple(b.shape for b in blocks) for blocks in parts}) > 1:
         return Quadratic(parts[0])

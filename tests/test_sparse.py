@@ -42,25 +42,40 @@ def moments(x: Array) -> Array:
 def test_the_error_is_that_of_the_outputs_with_the_bias_fitted() -> None:
     W, x, mu = problem(3, 6, groups=2)
     found = W + np.random.default_rng(1).standard_normal(W.shape)
-    E = quadratic([moments(x)], mu, damping=0)
+    E = quadratic([moments(x)], mu, least=0)
     moved = (W - found) @ x.swapaxes(1, 2)
     assert E.error(W - found) == pytest.approx(moved.var(axis=2).sum(), rel=1e-9)
-    plain = quadratic([moments(x)], damping=0)
+    plain = quadratic([moments(x)], least=0)
     assert plain.error(W - found) == pytest.approx((moved**2).mean(axis=2).sum(), rel=1e-9)
 
 
-def test_damping_adds_its_share_of_the_mean_power() -> None:
-    _, x, _ = problem(1, 4)
-    (C,) = quadratic([moments(x)], damping=0.1).blocks
-    power = np.diagonal(moments(x)[0]).mean()
-    np.testing.assert_allclose(C - moments(x), 0.1 * power * np.eye(4)[None], rtol=0, atol=1e-12)
+def test_moments_of_few_rows_are_trusted_less() -> None:
+    _, x, _ = problem(1, 12)
+    H = moments(x)
+    power = np.diagonal(H[0]).mean()
+    shares = []
+    for count in (10**9, 480, 12):
+        (C,) = quadratic([H], count=count, least=0).blocks
+        assert np.trace(C[0]) == pytest.approx(np.trace(H[0]), rel=1e-9)
+        shares.append(1 - C[0, 0, 1] / H[0, 0, 1])
+        wanted = (1 - shares[-1]) * H[0] + shares[-1] * power * np.eye(12)
+        np.testing.assert_allclose(C[0], wanted, rtol=0, atol=1e-9)
+    assert 0 <= shares[0] < 1e-6 < shares[1] < 0.1 < shares[2] <= 1
+
+
+def test_shrinkage_brings_moments_nearer_to_the_true_ones() -> None:
+    rng = np.random.default_rng(0)
+    axes = rng.standard_normal((20, 20)) * np.linspace(0.1, 2, 20)
+    true, x = axes @ axes.T, rng.standard_normal((1, 25, 20)) @ axes.T
+    (C,) = quadratic([moments(x)], count=25, least=0).blocks
+    assert np.linalg.norm(C[0] - true) < np.linalg.norm(moments(x)[0] - true)
 
 
 def test_refit_is_least_squares_on_the_support() -> None:
     W, x, _ = problem(4, 8, groups=2)
     support = np.random.default_rng(2).random(W.shape) < 0.5
     support[0, 0] = False
-    found = refit(W, quadratic([moments(x)], damping=0), support)
+    found = refit(W, quadratic([moments(x)], least=0), support)
     for group, row in np.ndindex(W.shape[:2]):
         used = support[group, row]
         wanted = np.linalg.lstsq(x[group][:, used], x[group] @ W[group, row], rcond=None)[0]
@@ -123,11 +138,11 @@ def test_solving_in_blocks_is_solving_each() -> None:
     H = moments(x)
     parts = [H[:, :6, :6], H[:, 6:, 6:]]
     pattern = n_of_m(1, 2)
-    whole = sparse(W, quadratic(parts), "obs", pattern)
+    whole = sparse(W, quadratic(parts, least=0), "obs", pattern)
     whole_H = np.zeros_like(H)
     whole_H[:, :6, :6], whole_H[:, 6:, 6:] = parts
     np.testing.assert_allclose(
-        whole, sparse(W, quadratic([whole_H]), "obs", pattern), rtol=0, atol=1e-4
+        whole, sparse(W, quadratic([whole_H], least=0), "obs", pattern), rtol=0, atol=1e-4
     )
 
 

@@ -2,10 +2,16 @@
 
 For rows x of a layer's input, H = E[x xᵀ] and mu = E[x], a weight Ŵ in place of W makes the error
 
-    E(Ŵ) = tr (W − Ŵ) C (W − Ŵ)ᵀ,      C = H − mu muᵀ + λ mean(diag H) I
+    E(Ŵ) = tr (W − Ŵ) C (W − Ŵ)ᵀ,      C = H − mu muᵀ
 
-where the bias takes in the mean of the difference, (W − Ŵ) mu; without a bias C keeps mu. The
-criteria rank weights by
+where the bias takes in the mean of the difference, (W − Ŵ) mu; without a bias C keeps mu. Moments
+of n rows promise more than other rows keep, so C is shrunk towards a multiple of I,
+
+    C <- (1 − λ) C + λ (tr C / d) I,
+    λ = ((1 − 2/d) tr C² + (tr C)²) / ((n + 1 − 2/d) (tr C² − (tr C)² / d))
+
+(OAS, Chen 2010), which is about 0.01 where rows are many, and near 1 where they are fewer than
+what C has of dimensions. The criteria rank weights by
 
     magnitude   w²                      Han 2015
     obd         w² C_jj                 LeCun 1990, the diagonal of the Hessian of a linear layer
@@ -42,7 +48,7 @@ Mask = NDArray[np.bool_]
 Criterion = Literal["obs", "magnitude", "wanda", "obd"]
 Pattern = Callable[[Array], Mask]  # which of these scores, (groups, outputs, d), stay
 
-DAMPING = 0.01  # λ
+LEAST_SHRINKAGE = 0.002  # λ
 GRID = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.78, 0.85, 0.9, 0.94, 0.97, 0.99)  # shares of a curve
 LEAST_PRICE, HALVINGS = -60.0, 80  # of the log of the price of a zero
 FINENESS = 1000  # shares that a layer may get
@@ -76,20 +82,38 @@ class Quadratic:
         return np.concatenate([np.diagonal(b, axis1=1, axis2=2) for b in self.blocks], axis=1)
 
 
-def quadratic(H: Sequence[Floats], mu: Floats | None = None, damping: float = DAMPING) -> Quadratic:
-    """E of moments in blocks: H, each (groups, width, width); mu, (groups, d), or None."""
+def quadratic(
+    H: Sequence[Floats],
+    mu: Floats | None = None,
+    count: float = np.inf,
+    least: float = LEAST_SHRINKAGE,
+) -> Quadratic:
+    """E of moments in blocks: H, each (groups, width, width); mu, (groups, d), or None.
+
+    count: rows that the moments are of. least: of λ.
+    """
     blocks, start = [], 0
-    mean = np.concatenate([np.diagonal(b, axis1=1, axis2=2) for b in H], axis=1).mean(axis=1)
-    floor = np.where(mean > 0, damping * mean, 1.0)
     for block in H:
         width = block.shape[1]
-        C = block + floor[:, None, None] * np.eye(width)
+        C = block.copy()
         if mu is not None:
             part = mu[:, start : start + width]
             C -= part[:, :, None] * part[:, None, :]
-        blocks.append(C)
+        blocks.append(_shrunk(C, count, least))
         start += width
     return Quadratic(tuple(blocks))
+
+
+def _shrunk(C: Floats, count: float, least: float) -> Floats:
+    """(1 − λ) C + λ mean(diag C) I, for each group."""
+    d = C.shape[1]
+    trace, square = np.trace(C, axis1=1, axis2=2), np.sum(C * C, axis=(1, 2))
+    above = (1 - 2 / d) * square + trace**2
+    below = (count + 1 - 2 / d) * (square - trace**2 / d)
+    shrinkage = np.divide(above, below, out=np.ones(len(C)), where=below > 0)
+    share = np.clip(shrinkage, least, 1)[:, None, None]
+    power = np.where(trace > 0, trace / d, 1)[:, None, None]
+    return np.asarray((1 - share) * C + share * power * np.eye(d))
 
 
 def largest(keep: int) -> Pattern:
