@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from onnxc.biases import has_place, shift_bias
 from onnxc.core import Change, Context, Key, Skip, register
@@ -36,6 +37,7 @@ from onnxc.errors import OptionError
 from onnxc.graph import captured, fresh, nbytes, store, values, walk
 from onnxc.moments import from_matrix, matrix, mean_output, moments_key, why_no_moments
 from onnxc.numerics import sparse
+from onnxc.numerics.patches import Window
 from onnxc.numerics.sparse import Pattern, Quadratic
 from onnxc.ops import knowledge, weight_of
 
@@ -77,11 +79,25 @@ class Layer:
         return array.astype(self.weight.dtype)
 
     @property
+    def window(self) -> Window:
+        """How the first node cuts its input into rows."""
+        cut = knowledge(self.nodes[0]).window
+        assert cut is not None
+        return cut(self.nodes[0])
+
+    @property
     def offsets(self) -> int:
         """Kernel offsets for each input channel in a row of the matrix."""
-        window = knowledge(self.nodes[0]).window
-        assert window is not None
-        return prod(window(self.nodes[0]).kernel)
+        return prod(self.window.kernel)
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a group."""
+        axis = knowledge(self.nodes[0]).in_axis
+        if axis is None:
+            return int(self.weight.shape[-1])
+        channels = int(self.weight.shape[axis(self.nodes[0])])
+        return channels if self.window.kernel else channels // self.window.groups
 
     @property
     def has_biases(self) -> bool:
@@ -92,7 +108,7 @@ class Layer:
     @property
     def is_overlapping(self) -> bool:
         """Whether several rows of the matrix make one output channel, as in ConvTranspose."""
-        return len(self.weight.shape) > 2 and self.matrix.shape[2] != prod(self.weight.shape[1:])
+        return len(self.weight.shape) > 2 and not self.window.kernel
 
 
 @register
@@ -140,6 +156,10 @@ class Sparsify:
         return [key for node in nodes if (key := moments_key(node)) is not None]
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+        with threadpool_limits(1, user_api="blas"):  # most matrices are too small to share
+            return self._apply(graph, context)
+
+    def _apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         found = layers(graph, context.only.names(graph))
         results: list[Change | Skip] = list(_outside(graph))
         obstacles = [(layer, self._obstacle(layer)) for layer in found]
@@ -154,7 +174,7 @@ class Sparsify:
         """Why a weight stays as it is, or cannot have the N:M pattern; empty if it can."""
         if layer.obstacle or self.pattern is None:
             return layer.obstacle
-        channels, m = layer.matrix.shape[2] // layer.offsets, self.pattern[1]
+        channels, m = layer.channels, self.pattern[1]
         return f"its {channels} input channels are no multiple of {m}" if channels % m else ""
 
     def _shares(self, found: Sequence[Layer], context: Context) -> list[float]:
@@ -165,7 +185,7 @@ class Sparsify:
         if self.allocation == "uniform":
             return [self.sparsity] * len(found)
         if sum(layer.zeros for layer in found) >= (self.sparsity - SLACK) * sum(sizes):
-            return [0.0] * len(found)
+            return [layer.zeros / layer.size for layer in found]
         curves = [self._curve(layer, context) for layer in found]
         return sparse.allocate(curves, sizes, self.sparsity)
 
@@ -189,7 +209,8 @@ class Sparsify:
     ) -> Iterator[Change | Skip]:
         W, keeps = layer.matrix, self._keeps(layer, share)
         if not (W[~keeps(np.abs(W))]).any():
-            reason = "all its weights are needed" if share < SLACK else "it is that sparse already"
+            none = "none of its weights is to be zero"
+            reason = none if share < SLACK else "it is that sparse already"
             yield from (Skip(node.name, f"not sparse: {reason}") for node in layer.nodes)
             return
         E = _error(layer, context)
@@ -264,7 +285,8 @@ def _error(layer: Layer, context: Context) -> Quadratic:
         return Quadratic()
     is_centred = layer.has_biases and not layer.is_overlapping
     parts = [
-        sparse.quadratic(f.blocks(WIDEST), f.mean if is_centred else None).blocks for f in found
+        sparse.quadratic(f.blocks(WIDEST), f.mean if is_centred else None, f.count).blocks
+        for f in found
     ]
     if len({tuple(b.shape for b in blocks) for blocks in parts}) > 1:
         return Quadratic(parts[0])

@@ -2,10 +2,16 @@
 
 For rows x of a layer's input, H = E[x xᵀ] and mu = E[x], a weight Ŵ in place of W makes the error
 
-    E(Ŵ) = tr (W − Ŵ) C (W − Ŵ)ᵀ,      C = H − mu muᵀ + λ mean(diag H) I
+    E(Ŵ) = tr (W − Ŵ) C (W − Ŵ)ᵀ,      C = H − mu muᵀ
 
-where the bias takes in the mean of the difference, (W − Ŵ) mu; without a bias C keeps mu. The
-criteria rank weights by
+where the bias takes in the mean of the difference, (W − Ŵ) mu; without a bias C keeps mu. Moments
+of n rows promise more than other rows keep, so C is shrunk towards a multiple of I,
+
+    C <- (1 − λ) C + λ (tr C / d) I,
+    λ = ((1 − 2/d) tr C² + (tr C)²) / ((n + 1 − 2/d) (tr C² − (tr C)² / d))
+
+(OAS, Chen 2010), which is about 0.01 where rows are many, and near 1 where they are fewer than
+what C has of dimensions. The criteria rank weights by
 
     magnitude   w²                      Han 2015
     obd         w² C_jj                 LeCun 1990, the diagonal of the Hessian of a linear layer
@@ -42,8 +48,11 @@ Mask = NDArray[np.bool_]
 Criterion = Literal["obs", "magnitude", "wanda", "obd"]
 Pattern = Callable[[Array], Mask]  # which of these scores, (groups, outputs, d), stay
 
-DAMPING = 0.01  # λ
-GRID = (0.2, 0.35, 0.5, 0.6, 0.7, 0.78, 0.85, 0.9, 0.94, 0.97, 0.99)  # shares of a curve
+LEAST_SHRINKAGE = 0.002  # λ
+GRID = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.78, 0.85, 0.9, 0.94, 0.97, 0.99)  # shares of a curve
+LEAST_PRICE, HALVINGS = -60.0, 80  # of the log of the price of a zero
+FINENESS = 1000  # shares that a layer may get
+LEAST, LEAST_SHARE = 1e-12, 1e-3  # of an error, and of zeros, that counts
 ROUGH, FINE = 24, 200  # steps of ADMM for a curve and for a result
 FIRST, PERIOD = 0.1, 3  # ρ at first, of the mean eigenvalue; steps between its growths
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # where more of the support than this changed
@@ -73,20 +82,38 @@ class Quadratic:
         return np.concatenate([np.diagonal(b, axis1=1, axis2=2) for b in self.blocks], axis=1)
 
 
-def quadratic(H: Sequence[Floats], mu: Floats | None = None, damping: float = DAMPING) -> Quadratic:
-    """E of moments in blocks: H, each (groups, width, width); mu, (groups, d), or None."""
+def quadratic(
+    H: Sequence[Floats],
+    mu: Floats | None = None,
+    count: float = np.inf,
+    least: float = LEAST_SHRINKAGE,
+) -> Quadratic:
+    """E of moments in blocks: H, each (groups, width, width); mu, (groups, d), or None.
+
+    count: rows that the moments are of. least: of λ.
+    """
     blocks, start = [], 0
-    mean = np.concatenate([np.diagonal(b, axis1=1, axis2=2) for b in H], axis=1).mean(axis=1)
-    floor = np.where(mean > 0, damping * mean, 1.0)
     for block in H:
         width = block.shape[1]
-        C = block + floor[:, None, None] * np.eye(width)
+        C = block.copy()
         if mu is not None:
             part = mu[:, start : start + width]
             C -= part[:, :, None] * part[:, None, :]
-        blocks.append(C)
+        blocks.append(_shrunk(C, count, least))
         start += width
     return Quadratic(tuple(blocks))
+
+
+def _shrunk(C: Floats, count: float, least: float) -> Floats:
+    """(1 − λ) C + λ mean(diag C) I, for each group."""
+    d = C.shape[1]
+    trace, square = np.trace(C, axis1=1, axis2=2), np.sum(C * C, axis=(1, 2))
+    above = (1 - 2 / d) * square + trace**2
+    below = (count + 1 - 2 / d) * (square - trace**2 / d)
+    shrinkage = np.divide(above, below, out=np.ones(len(C)), where=below > 0)
+    share = np.clip(shrinkage, least, 1)[:, None, None]
+    power = np.where(trace > 0, trace / d, 1)[:, None, None]
+    return np.asarray((1 - share) * C + share * power * np.eye(d))
 
 
 def largest(keep: int) -> Pattern:
@@ -95,11 +122,11 @@ def largest(keep: int) -> Pattern:
 
 
 def largest_in_rows(keep: int) -> Pattern:
-    """The largest scores of each row, `keep` in all to rounding."""
+    """The largest scores of each row, the same number in all rows, `keep` or fewer together."""
 
     def choose(scores: Array) -> Mask:
         rows = scores.reshape(-1, scores.shape[-1])
-        return _top(rows, round(keep / len(rows))).reshape(scores.shape)
+        return _top(rows, keep // len(rows)).reshape(scores.shape)
 
     return choose
 
@@ -200,31 +227,35 @@ def curve(W: Floats, E: Quadratic, criterion: Criterion, grid: Sequence[float] =
 def allocate(
     curves: Sequence[Floats], sizes: Sequence[int], share: float, grid: Sequence[float] = GRID
 ) -> list[float]:
-    """Shares of zeros s_l for layers of these sizes, at least `share` of all weights together.
+    """Shares of zeros s_l for layers of these sizes, `share` of all weights together.
 
     They minimise Σ_l E_l(s_l) / E_l(0): at the optimum one more zero costs the same everywhere,
-    dE_l / dn_l = const. Between the points of the grid, log E is taken to be linear.
+    dE_l / dn_l = const. Between the points of the grid, log E is taken to be linear in log s.
     """
-    fine = np.linspace(0, max(grid), 100 * len(grid) + 1)
-    costs = [_interpolated(fine, np.asarray(grid), c) for c in curves]
-    gains = [fine * size for size in sizes]
-    total, low, high = share * sum(sizes), -60.0, 60.0
+    fine = np.linspace(0, 1, FINENESS + 1)
+    costs = np.stack([_interpolated(fine, np.asarray(grid), c) for c in curves] or [fine])
+    n = np.asarray(sizes, np.float64)
 
-    def chosen(price: float) -> list[int]:
-        pairs = zip(costs, gains, strict=True)
-        return [int(np.argmin(cost - np.exp(price) * gain)) for cost, gain in pairs]
+    def chosen(price: float) -> Floats:
+        return np.asarray(fine[np.argmin(costs - np.exp(price) * n[:, None] * fine, axis=1)])
 
-    for _ in range(80):
+    low, high = LEAST_PRICE, -LEAST_PRICE  # too few zeros, and enough
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
-        picked = chosen(middle)
-        is_enough = sum(g[i] for g, i in zip(gains, picked, strict=True)) >= total
+        is_enough = n @ chosen(middle) >= share * n.sum()
         low, high = (low, middle) if is_enough else (middle, high)
-    return [float(fine[i]) for i in chosen(high)]
+    few, enough = chosen(low), chosen(high)
+    part = (share * n.sum() - n @ few) / max(n @ (enough - few), 1e-9)
+    return [float(s) for s in few + min(part, 1.0) * (enough - few)]
 
 
 def _interpolated(fine: Floats, grid: Floats, found: Floats) -> Floats:
-    logs = np.log(np.maximum.accumulate(np.maximum(found, 1e-12)))
-    return np.asarray(np.exp(np.interp(fine, [0, *grid], [np.log(1e-12), *logs])))
+    """A curve at other shares; below the first s₁ it is E(s₁) (s / s₁)³, as of even densities."""
+    rising = np.maximum.accumulate(np.clip(found, LEAST, 1))
+    first = rising[0] * (LEAST_SHARE / grid[0]) ** 3
+    places = np.log([LEAST_SHARE, *grid, 1])
+    costs = np.exp(np.interp(np.log(fine[1:]), places, np.log([first, *rising, 1])))
+    return np.concatenate([[0.0], costs])
 
 
 def _top(rows: Array, keep: int) -> Mask:
