@@ -18,7 +18,7 @@ gradient is used.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -65,28 +65,33 @@ class Reconstruct:
         for node in list(graph.nodes):
             if knowledge(node).role == "weighted":
                 reason = "excluded" if node.name not in allowed else _obstacle(node, context)
-                if not reason and node.outputs[0].name not in changed:
+                goal = None if reason else self._goal(node, graph, context)
+                if goal is not None and changed.isdisjoint((node.outputs[0].name, goal.minus)):
                     reason = "not refit: it computes what it did in the original"
-                yield RefitNode(node.name, self.blocks, reason)
+                yield RefitNode(node.name, goal, reason)
+
+    def _goal(self, node: gs.Node, graph: gs.Graph, context: Context) -> Goal:
+        own = Goal(node.outputs[0].name, knowledge(node).y_axis)
+        return (_sum_goal(node, graph, context) if self.blocks else None) or own
 
 
 @dataclass(frozen=True)
 class RefitNode:
-    """Refit one node. obstacle: why it cannot be, or an empty string."""
+    """Refit one node. goal: what it ought to give. obstacle: why it cannot be refit, or empty."""
 
     node: str
-    blocks: bool
+    goal: Goal | None
     obstacle: str = ""
     name: ClassVar[str] = "refit-node"
     lossless: ClassVar[bool] = False
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        return [] if self.obstacle else [self._key(graph, context)]
+        return [] if self.obstacle else [self._key(graph)]
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         if self.obstacle:
             return [Skip(self.node, self.obstacle)]
-        key = self._key(graph, context)
+        key = self._key(graph)
         if key not in context.stats:
             return [Skip(self.node, "not refit: its outputs were not compared with the original's")]
         return [_refit(graph, self._find(graph), context.stats[key])]
@@ -94,12 +99,10 @@ class RefitNode:
     def _find(self, graph: gs.Graph) -> gs.Node:
         return next(node for node in graph.nodes if node.name == self.node)
 
-    def _key(self, graph: gs.Graph, context: Context) -> Key:
-        node = self._find(graph)
-        key = moments_key(node, "goal")
+    def _key(self, graph: gs.Graph) -> Key:
+        key = moments_key(self._find(graph), "goal")
         assert key is not None
-        goal = (_sum_goal(node, graph, context) if self.blocks else None) or _own_goal(node)
-        return Key(key.tensor, key.what, key.axis, window=key.window, goal=goal)
+        return replace(key, goal=self.goal)
 
 
 def _obstacle(node: gs.Node, context: Context) -> str:
@@ -144,11 +147,6 @@ def _channels(node: gs.Node) -> tuple[int]:
     weight, row = weight_of(node), knowledge(node)
     assert weight is not None and row.out_axis is not None
     return (int(weight.shape[row.out_axis(node)]),)
-
-
-def _own_goal(node: gs.Node) -> Goal:
-    """The output of the node in the original."""
-    return Goal(node.outputs[0].name, knowledge(node).y_axis)
 
 
 def _sum_goal(node: gs.Node, graph: gs.Graph, context: Context) -> Goal | None:
