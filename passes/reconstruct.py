@@ -17,6 +17,7 @@ gradient is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -34,6 +35,7 @@ from onnxc.ops import data_inputs, is_constant, knowledge, weight_of
 
 Array = NDArray[Any]
 
+WIDEST = 4608  # inputs of a layer, √(groups d²): H takes a few copies of 8 bytes times its square
 WORTH = 0.01  # of the error: what a bias that is not there yet has to save
 
 
@@ -114,6 +116,9 @@ def _obstacle(node: gs.Node, context: Context) -> str:
     assert row.window is not None
     if len(weight.shape) > 2 and not row.window(node).kernel:
         return f"not refit: the outputs of {node.op} overlap"
+    d = math.prod(weight.shape) // _channels(node)[0]
+    if row.window(node).groups * d * d > WIDEST**2:
+        return f"not refit: with {d} inputs it is too wide"
     other = next((user for user in weight.outputs if user is not node), None)
     if other is not None:
         return f"not refit: its weight is shared with {other.name}"
@@ -123,8 +128,12 @@ def _obstacle(node: gs.Node, context: Context) -> str:
         return "not refit: it multiplies its output or its bias by a factor"
     if context.original is None:
         return "not refit: the original model is not known"
-    made = {t.name for other in context.original.nodes for t in other.outputs}
-    return "" if node.outputs[0].name in made else "not refit: it is not in the original"
+    maker = _maker(node.outputs[0].name, context.original)
+    if maker is None:
+        return "not refit: it is not in the original"
+    is_heavy = knowledge(maker).role == "weighted" and weight_of(maker) is not None
+    is_cut = is_heavy and _channels(maker) != _channels(node)
+    return "not refit: it has other channels than in the original" if is_cut else ""
 
 
 def _has_bias(node: gs.Node) -> bool:
@@ -170,9 +179,12 @@ def _sum_goal(node: gs.Node, graph: gs.Graph, context: Context) -> Goal | None:
 def _has_same_sum(add: gs.Node, context: Context) -> bool:
     """Whether the original has a sum of that name."""
     assert context.original is not None
-    name = add.outputs[0].name
-    makers = [n for n in context.original.nodes if any(t.name == name for t in n.outputs)]
-    return bool(makers) and knowledge(makers[0]).adds
+    maker = _maker(add.outputs[0].name, context.original)
+    return maker is not None and knowledge(maker).adds
+
+
+def _maker(tensor: str, graph: gs.Graph) -> gs.Node | None:
+    return next((n for n in graph.nodes if any(t.name == tensor for t in n.outputs)), None)
 
 
 def _depends_on_later(tensor: gs.Tensor, node: gs.Node, graph: gs.Graph) -> bool:

@@ -283,3 +283,20 @@ def test_moved_tensors_are_those_behind_a_change() -> None:
     model = named(network())
     replace(model, "b", 1, without(weight(model, "b"), 5))
     assert moved(model.graph, original.graph) == {"b", "t", "q", "g", "f", "y"}
+
+
+def test_a_layer_whose_channels_were_cut_is_skipped() -> None:
+    original, model = named(network()), named(network())
+    replace(model, "a", 1, weight(model, "a")[:5])
+    replace(model, "b", 1, weight(model, "b")[:, :5])
+    step = reconstruct(model, original)
+    assert not step.problems
+    assert "other channels than in the original" in reasons(results(step))
+    assert "b" in changed(results(step))
+
+
+def test_one_sample_teaches_nothing() -> None:
+    original, model = named(network()), named(network())
+    replace(model, "b", 1, without(weight(model, "b"), 5))
+    step = reconstruct(model, original, data=dataset(IMAGES[:1]))
+    assert not step.changes and not step.problems
