@@ -10,18 +10,25 @@ of one sample look alike, those of two samples do not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxc.numerics.patches import Window, first, rows
+from onnxc.numerics.patches import Window, first, length, rows
 from onnxc.numerics.refit import Sums
 
 Array = NDArray[Any]
 
-POSITIONS = 256  # rows of a sample
+FEWEST, MOST = 64, 256  # rows of a sample: clip(d, FEWEST, MOST)
+AT_ONCE = 16 << 20  # bytes of rows, in float64, that are multiplied at once
+
+
+def positions(d: int) -> int:
+    """Rows of length d that are taken of a sample."""
+    return min(max(d, FEWEST), MOST)
 
 
 @dataclass
@@ -39,21 +46,40 @@ class GoalObserver:
 
     def update(self, x: Array, t: Array, samples: int | None = None) -> None:
         """Add the rows of a batch that holds so many samples."""
-        starts = first(x, self.axis, self.window, POSITIONS, samples)
-        count = len(starts)
-        taken, _ = rows(x, self.axis, self.window, POSITIONS, samples, starts)
+        d = length(x.shape, self.axis, self.window)
+        size = 8 * self.window.groups * positions(d) * d
+        for one, other, count in _parts(x, t, samples, max(AT_ONCE // size, 1)):
+            self._add(one, other, count, positions(d))
+
+    def _add(self, x: Array, t: Array, samples: int | None, wanted: int) -> None:
+        starts = first(x, self.axis, self.window, wanted, samples)
+        taken, _ = rows(x, self.axis, self.window, wanted, samples, starts)
         part = Window(groups=self.window.groups)
-        goals, _ = rows(t, self.goal_axis, part, POSITIONS, count, starts)
+        goals, _ = rows(t, self.goal_axis, part, wanted, len(starts), starts)
+        is_mixed = len(starts) < (samples or 1)  # no axis in front tells the samples apart
+        count = taken.shape[1] if is_mixed else len(starts)
         for fold in range(2):
             chosen = slice((self.samples + fold) % 2, None, 2)
-            one, other = (_of_samples(a, count, chosen) for a in (taken, goals))
-            self.folds[fold] = self.folds[fold] + Sums.of(one, other)
+            pair = (_of_samples(rows_, count, chosen) for rows_ in (taken, goals))
+            self.folds[fold] = self.folds[fold] + Sums.of(*pair)
         self.samples += count
 
     @property
     def is_finite(self) -> bool:
         """Whether all sums are."""
         return all(bool(np.isfinite(s.x).all() and np.isfinite(s.tt).all()) for s in self.folds)
+
+
+def _parts(
+    x: Array, t: Array, samples: int | None, most: int
+) -> Iterator[tuple[Array, Array, int | None]]:
+    """Both, a few samples at a time where the first axis counts them."""
+    if samples is None or not len(x) == len(t) == samples:
+        yield x, t, samples
+        return
+    for begin in range(0, samples, most):
+        part = slice(begin, begin + most)
+        yield x[part], t[part], len(x[part])
 
 
 def _of_samples(taken: Array, count: int, chosen: slice) -> NDArray[np.float64]:

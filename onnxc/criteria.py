@@ -148,7 +148,7 @@ class View:
 
 def _without_zeros(consumer: Consumer) -> Consumer:
     """A consumer without the columns that are zero, which must stay so."""
-    used = consumer.W.any(axis=0)
+    used = np.asarray(consumer.W.any(axis=0))
     if used.all():
         return consumer
     number = np.cumsum(used) - 1

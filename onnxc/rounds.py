@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from threadpoolctl import threadpool_limits
 
 from calib.data import Dataset
 from calib.walk import Pair
@@ -52,7 +53,8 @@ class InTurn:
         results: list[Change | Skip] = []
         used = spread(self.dataset)
         bounds = (self.max_memory, self.threads)
-        with Pair(self.original, self.model, used, *bounds) as pair:
+        pair = Pair(self.original, self.model, used, *bounds)
+        with pair, threadpool_limits(1, user_api="blas"):  # idle threads of BLAS spin
             for number, step in enumerate(self.pass_.steps(graph, context), 1):
                 if self.progress is not None:
                     self.progress(f"{self.pass_.name}: {number}")

@@ -17,8 +17,9 @@ gradient is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,7 @@ from onnxc.ops import data_inputs, is_constant, knowledge, weight_of
 
 Array = NDArray[Any]
 
+WIDEST = 4608  # inputs of a layer, √(groups d²): H takes a few copies of 8 bytes times its square
 WORTH = 0.01  # of the error: what a bias that is not there yet has to save
 
 
@@ -65,28 +67,33 @@ class Reconstruct:
         for node in list(graph.nodes):
             if knowledge(node).role == "weighted":
                 reason = "excluded" if node.name in kept else _obstacle(node, context)
-                if not reason and node.outputs[0].name not in changed:
+                goal = None if reason else self._goal(node, graph, context)
+                if goal is not None and changed.isdisjoint((node.outputs[0].name, goal.minus)):
                     reason = "not refit: it computes what it did in the original"
-                yield RefitNode(node.name, self.blocks, reason)
+                yield RefitNode(node.name, goal, reason)
+
+    def _goal(self, node: gs.Node, graph: gs.Graph, context: Context) -> Goal:
+        own = Goal(node.outputs[0].name, knowledge(node).y_axis)
+        return (_sum_goal(node, graph, context) if self.blocks else None) or own
 
 
 @dataclass(frozen=True)
 class RefitNode:
-    """Refit one node. obstacle: why it cannot be, or an empty string."""
+    """Refit one node. goal: what it ought to give. obstacle: why it cannot be refit, or empty."""
 
     node: str
-    blocks: bool
+    goal: Goal | None
     obstacle: str = ""
     name: ClassVar[str] = "refit-node"
     lossless: ClassVar[bool] = False
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        return [] if self.obstacle else [self._key(graph, context)]
+        return [] if self.obstacle else [self._key(graph)]
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         if self.obstacle:
             return [Skip(self.node, self.obstacle)]
-        key = self._key(graph, context)
+        key = self._key(graph)
         if key not in context.stats:
             return [Skip(self.node, "not refit: its outputs were not compared with the original's")]
         return [_refit(graph, self._find(graph), context.stats[key])]
@@ -94,12 +101,10 @@ class RefitNode:
     def _find(self, graph: gs.Graph) -> gs.Node:
         return next(node for node in graph.nodes if node.name == self.node)
 
-    def _key(self, graph: gs.Graph, context: Context) -> Key:
-        node = self._find(graph)
-        key = moments_key(node, "goal")
+    def _key(self, graph: gs.Graph) -> Key:
+        key = moments_key(self._find(graph), "goal")
         assert key is not None
-        goal = (_sum_goal(node, graph, context) if self.blocks else None) or _own_goal(node)
-        return Key(key.tensor, key.what, key.axis, window=key.window, goal=goal)
+        return replace(key, goal=self.goal)
 
 
 def _obstacle(node: gs.Node, context: Context) -> str:
@@ -111,6 +116,9 @@ def _obstacle(node: gs.Node, context: Context) -> str:
     assert row.window is not None
     if len(weight.shape) > 2 and not row.window(node).kernel:
         return f"not refit: the outputs of {node.op} overlap"
+    d = math.prod(weight.shape) // _channels(node)[0]
+    if row.window(node).groups * d * d > WIDEST**2:
+        return f"not refit: with {d} inputs it is too wide"
     other = next((user for user in weight.outputs if user is not node), None)
     if other is not None:
         return f"not refit: its weight is shared with {other.name}"
@@ -120,8 +128,12 @@ def _obstacle(node: gs.Node, context: Context) -> str:
         return "not refit: it multiplies its output or its bias by a factor"
     if context.original is None:
         return "not refit: the original model is not known"
-    made = {t.name for other in context.original.nodes for t in other.outputs}
-    return "" if node.outputs[0].name in made else "not refit: it is not in the original"
+    maker = _maker(node.outputs[0].name, context.original)
+    if maker is None:
+        return "not refit: it is not in the original"
+    is_heavy = knowledge(maker).role == "weighted" and weight_of(maker) is not None
+    is_cut = is_heavy and _channels(maker) != _channels(node)
+    return "not refit: it has other channels than in the original" if is_cut else ""
 
 
 def _has_bias(node: gs.Node) -> bool:
@@ -146,11 +158,6 @@ def _channels(node: gs.Node) -> tuple[int]:
     return (int(weight.shape[row.out_axis(node)]),)
 
 
-def _own_goal(node: gs.Node) -> Goal:
-    """The output of the node in the original."""
-    return Goal(node.outputs[0].name, knowledge(node).y_axis)
-
-
 def _sum_goal(node: gs.Node, graph: gs.Graph, context: Context) -> Goal | None:
     """What the original's sum leaves for this node, where its output only goes into one."""
     y = node.outputs[0]
@@ -172,9 +179,12 @@ def _sum_goal(node: gs.Node, graph: gs.Graph, context: Context) -> Goal | None:
 def _has_same_sum(add: gs.Node, context: Context) -> bool:
     """Whether the original has a sum of that name."""
     assert context.original is not None
-    name = add.outputs[0].name
-    makers = [n for n in context.original.nodes if any(t.name == name for t in n.outputs)]
-    return bool(makers) and knowledge(makers[0]).adds
+    maker = _maker(add.outputs[0].name, context.original)
+    return maker is not None and knowledge(maker).adds
+
+
+def _maker(tensor: str, graph: gs.Graph) -> gs.Node | None:
+    return next((n for n in graph.nodes if any(t.name == tensor for t in n.outputs)), None)
 
 
 def _depends_on_later(tensor: gs.Tensor, node: gs.Node, graph: gs.Graph) -> bool:

@@ -7,20 +7,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
-from texts import bind, context, normal, ops
+from texts import bind, context, normal, ops, outputs, positive
 
+import calib.walk
 import onnxc.pipeline
+from calib.data import InputSpec, open_data
 from onnxc.check import problems
-from onnxc.core import Change, Context, Key, Skip
+from onnxc.core import Change, Context, Key, Pass, Skip
 from onnxc.errors import ModelError, OptionError
-from onnxc.graph import constant, fresh, load, opset, to_bytes
-from onnxc.pipeline import apply_pass, prepare
+from onnxc.graph import Model, constant, fresh, load, opset, to_bytes
+from onnxc.pipeline import Calibration, Step, apply_pass, compress, prepare
 from onnxc.runtime import dtype_of, run, session
 
 TEXT = """g (float[N,4] x, float[4,4] W) => (float[N,4] y) {
@@ -228,3 +230,112 @@ def test_preparation_takes_under_a_second(shared: Path) -> None:
     started = perf_counter()
     prepare(model, feed)
     assert perf_counter() - started < 1.0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A step that writes down the mean of a tensor, then doubles the weight of its reader."""
+
+    tensor: str
+    seen: dict[str, float]
+    name: ClassVar[str] = "measure"
+    lossless: ClassVar[bool] = False
+
+    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
+        return (Key(self.tensor, "mean"),)
+
+    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+        self.seen[self.tensor] = float(context.stats[Key(self.tensor, "mean")].mean)
+        node = next(n for n in graph.nodes if n.inputs[0].name == self.tensor)
+        doubled = node.inputs[1].values * np.float32(2)
+        node.inputs[1] = constant(fresh(graph, "doubled"), doubled)
+        return [Change(node.name, "doubled")]
+
+
+@dataclass(frozen=True)
+class MeasureAll:
+    """A sequential pass over the inputs of all layers."""
+
+    tensors: tuple[str, ...]
+    seen: dict[str, float]
+    name: ClassVar[str] = "measure-all"
+    lossless: ClassVar[bool] = False
+
+    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
+        return ()
+
+    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+        return [Skip(graph.nodes[0].name, "no data")]
+
+    def steps(self, graph: gs.Graph, context: Context) -> Iterable[Pass]:
+        return (Measure(name, self.seen) for name in self.tensors)
+
+
+CHAIN = """g (float[N,4] x, float[4,4] A, float[4,4] B, float[4,4] C) => (float[N,4] y) {
+    a = MatMul (x, A)
+    r = Relu (a)
+    b = MatMul (r, B)
+    s = Relu (b)
+    t = Add (s, r)
+    y = MatMul (t, C) }"""
+
+
+def chain() -> Model:
+    weights = {name: positive(4, 4, seed=i) for i, name in enumerate("ABC")}
+    return load(bind(CHAIN, **weights))
+
+
+def chained(model: Model, max_memory: int | None = None) -> tuple[Step, dict[str, float]]:
+    data = {"x": positive(40, 4)}
+    inputs = [InputSpec("x", np.dtype(np.float32), ("N", 4))]
+    calibration = Calibration(open_data(data, inputs), max_memory, original=chain())
+    seen: dict[str, float] = {}
+    pass_ = MeasureAll(("x", "r", "t"), seen)
+    (step,) = compress(model, [pass_], context(model), calibration, {"x": positive(3, 4)})
+    return step, seen
+
+
+def test_each_step_sees_what_the_steps_before_it_left() -> None:
+    step, seen = chained(model := chain())
+    assert step.name == "measure-all" and not step.problems
+    assert [change.what for change in step.changes] == ["doubled"] * 3
+    x = positive(40, 4)
+    r = x @ (2 * positive(4, 4))
+    t = r @ (2 * positive(4, 4, seed=1)) + r
+    np.testing.assert_allclose(seen["r"], r.mean(), rtol=1e-5)
+    np.testing.assert_allclose(seen["t"], t.mean(), rtol=1e-5)
+    last = t @ (2 * positive(4, 4, seed=2))
+    np.testing.assert_allclose(outputs(model, {"x": x})["y"], last, rtol=1e-4)
+
+
+def test_nodes_run_once_however_many_steps_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    whole = calib.walk.Walk._cut
+
+    def counted(self: Any, proto: Any, part: Any, made: Any) -> Any:
+        ran.extend(node.name for node in part)
+        return whole(self, proto, part, made)
+
+    monkeypatch.setattr(calib.walk.Walk, "_cut", counted)
+    chained(chain())
+    assert len(ran) == len(set(ran)) == 5  # all but the last product, whose output nobody wants
+
+
+def test_a_step_that_fails_undoes_the_whole_pass() -> None:
+    model = chain()
+    before = to_bytes(model)
+    calibration = Calibration(
+        open_data({"x": positive(8, 4)}, [InputSpec("x", np.dtype(np.float32), ("N", 4))]),
+        original=chain(),
+    )
+    pass_ = MeasureAll(("x", "nowhere"), {})
+    (step,) = compress(model, [pass_], context(model), calibration)
+    assert "'nowhere' is not in the model" in step.problems[0]
+    assert to_bytes(model) == before
+
+
+def test_what_the_walk_keeps_goes_to_disk_where_it_is_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, near = chained(chain())
+    monkeypatch.setattr("onnxc.boundary.IN_MEMORY", 0)
+    _, far = chained(chain(), max_memory=1 << 20)
+    assert near == pytest.approx(far, rel=1e-6)

@@ -17,8 +17,8 @@ accelerating very deep neural networks", §3.1) and the asymmetric reconstructio
 λ is chosen by cross-validation: the samples are kept in two **folds**, what one of them teaches is
 judged by the other, and a refit that does not help there is none.
 
-Where all rows of a group share their support, the equations are solved directly; else by conjugate
-gradients on all rows at once, each projected on its own support.
+Rows that share the support of their group are solved for directly, others by conjugate gradients,
+all at once and each projected on its own support.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # λ
-STEPS = 200  # of conjugate gradients
-CLOSE = 1e-6  # ‖residual‖ / ‖R‖ at which they end
+RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)  # λ
+STEPS = 100  # of conjugate gradients
+CLOSE = 1e-3  # ‖residual‖ / ‖R‖ at which they end
 TINY = 1e-12  # of the mean of D: the least that an input counts with
 
 
@@ -122,9 +122,12 @@ def refit(
 ) -> Fit:
     """The best weights of the module's docstring for the sums of two folds.
 
-    W: (groups, outputs, d), b: (groups, outputs) as they are. is_biased: b may change.
+    W: (groups, outputs, d), b: (groups, outputs) as they are, and as they stay where a fold is
+    empty. is_biased: b may change.
     """
     first, second = folds
+    if not first.count or not second.count:
+        return Fit(W, b, 0.0, 0.0, np.inf)
     kept = W != 0
     before = float(first.error(W, b).sum() + second.error(W, b).sum())
     tried = {}
@@ -147,15 +150,17 @@ def solve(
     scale = 1 / np.sqrt(np.maximum(D, TINY * max(float(D.mean()), np.finfo(float).tiny)))
     H = m.H * scale[:, :, None] * scale[:, None, :]  # of unit diagonal, so that D is I
     R = np.where(kept, R * scale[:, None, :], 0)
-    step = _direct(H, R, kept, ridge) if _is_shared(kept) else _iterated(H, R, kept, ridge)
+    step, odd = _direct(H, R, kept, ridge), _is_odd(kept)
+    if odd.any():
+        step[:, odd] = _iterated(H, R[:, odd], kept[:, odd], ridge)
     fitted = W + step * scale[:, None, :]
     return fitted, m.t - _apply(fitted, m.x) if is_biased else b
 
 
-def _is_shared(kept: Mask) -> bool:
-    """Whether the rows of each group agree on what they keep, but for those that keep nothing."""
-    union = kept.any(axis=1, keepdims=True)
-    return bool((kept == (union & kept.any(axis=2, keepdims=True))).all())
+def _is_odd(kept: Mask) -> Mask:
+    """Outputs that in some group keep less than the others do, but not nothing."""
+    union = kept.any(axis=1, keepdims=True) & kept.any(axis=2, keepdims=True)
+    return np.asarray((kept != union).any(axis=(0, 2)))
 
 
 def _direct(H: Floats, R: Floats, kept: Mask, ridge: float) -> Floats:
