@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnxc.api import load as load
     from onnxc.api import merge_statistics as merge_statistics
     from onnxc.api import preview as preview
+    from onnxc.api import prune as prune
     from onnxc.api import quantize as quantize
     from onnxc.api import save as save
     from onnxc.api import sparsify as sparsify
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "onnxc.api": (
         *("QuantizeSettings", "benchmark", "calibrate", "inspect", "load", "preview"),
-        *("merge_statistics", "quantize", "save", "sparsify", "validate"),
+        *("merge_statistics", "prune", "quantize", "save", "sparsify", "validate"),
     ),
     "onnxc.errors": ("ClusterError", "DataError", "ModelError", "OnnxcError", "OptionError"),
 }

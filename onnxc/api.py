@@ -48,7 +48,7 @@ from onnxc.request import (
 )
 from onnxc.runtime import Runtime
 from onnxc.search import untimed
-from onnxc.tasks import QUANTIZE, SPARSIFY, Task
+from onnxc.tasks import PRUNE, QUANTIZE, SPARSIFY, Task
 from onnxc.vectors import write_vectors
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "load",
     "merge_statistics",
     "preview",
+    "prune",
     "quantize",
     "save",
     "sparsify",
@@ -86,6 +87,14 @@ def sparsify(model: ModelPath, **request: Any) -> Report:
     Takes and raises what `quantize` does, with the fields of the pass `Sparsify` as settings.
     """
     return write(SPARSIFY, asked(SPARSIFY, model, request))
+
+
+def prune(model: ModelPath, **request: Any) -> Report:
+    """Take out the channels of a model that its outputs miss least, and prove it.
+
+    Takes and raises what `quantize` does, with the fields of `PruneSettings` as settings.
+    """
+    return write(PRUNE, asked(PRUNE, model, request))
 
 
 def write(task: Task, request: Request) -> Report:
@@ -125,7 +134,7 @@ def preview(model: ModelPath, task: Task = QUANTIZE, **request: Any) -> Preview:
     calibration = replace(job.calibration, dataset=few)
     feed = next(iter((few or job.samples.judge).batches(1)))
     with naming(job.path):
-        tried = attempt(job.plan, job.model, calibration, feed, wanted.say)
+        tried = attempt(job.plan, job.model, calibration, feed, wanted.runtime, wanted.say)
     prepared = tuple(change for step in tried.prepared for change in step.changes)
     return Preview(
         model=str(job.path),

@@ -45,20 +45,19 @@ class Budget:
     @property
     def total(self) -> float:
         """The cost of the graph as it is."""
-        return self.cost(self.all)
+        return float(self.cost(self.all[None])[0])
 
-    def cost(self, kept: Array) -> float:
-        """The cost when group i keeps kept[i] channels."""
-        now, before = self._sizes(kept), self._sizes(self.all)
-        ratio = now / np.maximum(before, 1)
-        parts = [
-            share * float(np.prod(ratio[list(rows)]))
-            for share, rows in zip(self.shares, self.axes, strict=True)
-        ]
-        return float(self.fixed + sum(parts))
+    def cost(self, kept: Array) -> Array:
+        """Costs (n,) when group i keeps kept[:, i] channels; kept: (n, groups)."""
+        ratio = self._sizes(kept) / np.maximum(self._sizes(self.all[None]), 1)
+        cost = np.full(len(kept), self.fixed)
+        for share, rows in zip(self.shares, self.axes, strict=True):
+            cost += share * np.prod(ratio[:, list(rows)], axis=1)
+        return cost
 
     def _sizes(self, kept: Array) -> Array:
-        sizes = self.counts @ np.append(kept, 1.0)
+        """Sizes of the axes, (n, axes)."""
+        sizes = kept @ self.counts[:, :-1].T + self.counts[:, -1]
         return np.asarray(np.ceil(np.round(sizes, 6) / self.multiple) * self.multiple)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
 from onnxc.report import Report
-from onnxc.tasks import QUANTIZE, SPARSIFY, Task
+from onnxc.tasks import PRUNE, QUANTIZE, SPARSIFY, Task
 
 ModelArgument = click.Path(path_type=Path)
 Render = Callable[[Any], RenderableType]
@@ -141,6 +141,15 @@ def quantize(context: click.Context, /, **settings: Any) -> int:
 def sparsify(context: click.Context, /, **settings: Any) -> int:
     """Make weights of MODEL zero where its outputs feel it least, and prove it."""
     return _write(SPARSIFY, api.sparsify, context, settings)
+
+
+@onnxc.command(
+    cls=Example, example="onnxc prune model.onnx --data calib/ --macs 0.7 -o model.pruned.onnx"
+)
+@writing(PRUNE)
+def prune(context: click.Context, /, **settings: Any) -> int:
+    """Take out the filters that the outputs of MODEL miss least, and prove it."""
+    return _write(PRUNE, api.prune, context, settings)
 
 
 def _write(

@@ -28,6 +28,7 @@ from onnxc.selectors import Selector
 from onnxc.shapes import infer
 from onnxc.targets import Target
 from onnxc.tasks import Settings, Task, Ways
+from onnxc.workpiece import Workpiece, silent
 from onnxc.zeros import Zeros, count_zeros
 
 
@@ -42,11 +43,11 @@ class Plan:
     passes: tuple[Pass, ...] = ()
     seed: int = 0
 
-    def ways(self, model: Model, context: Context, has_data: bool) -> Ways:
+    def ways(self, piece: Workpiece) -> Ways:
         """The passes to try on a prepared model, by name."""
         if self.passes:
             return {"recipe": self.passes}
-        return self.task.ways(self.settings, model, context, has_data)
+        return self.task.ways(self.settings, piece)
 
     def rescue(self, has_data: bool) -> Ways:
         """What to try where all of these fall short."""
@@ -142,6 +143,7 @@ def attempt(
     model: Model,
     calibration: Calibration,
     feed: Mapping[str, Any],
+    runtime: Runtime = Runtime(),
     progress: Progress | None = None,
 ) -> Attempt:
     """Build every candidate of a plan; measure nothing.
@@ -153,7 +155,7 @@ def attempt(
     calibration = replace(calibration, original=model)
     infer(model, feed)
     context = Context(opset(model.graph), plan.target, seed=plan.seed, only=plan.only)
-    ways = plan.ways(model, context, calibration.dataset is not None)
+    ways = plan.ways(Workpiece(model, context, calibration, feed, runtime, progress or silent))
     built = search.build(model, ways, context, calibration, feed, progress)
     return Attempt(plan, context, tuple(prepared), ways, built)
 
@@ -174,7 +176,7 @@ def compress_model(
     given on them, or on `judge` where there are none.
     """
     feed, original = next(iter(judge.batches(1))), copy(model)
-    tried = attempt(plan, model, calibration, feed, progress)
+    tried = attempt(plan, model, calibration, feed, runtime, progress)
     if progress is not None:
         progress("measuring")
     found, latency = search.trials(original, tried.built, judge, runtime, client=calibration.client)

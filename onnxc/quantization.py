@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onnxc import search
-from onnxc.core import Context, Pass
+from onnxc.core import Pass
 from onnxc.errors import OptionError
-from onnxc.graph import Model
+from onnxc.workpiece import Workpiece
 from passes.quantize import Ranges
 
 
@@ -51,15 +51,13 @@ def check_settings(settings: QuantizeSettings) -> None:
         raise OptionError(f"4 bits are for weights alone: use --format weight-only, not {kind}")
 
 
-def ways(
-    settings: QuantizeSettings, model: Model, context: Context, has_data: bool
-) -> Mapping[str, tuple[Pass, ...]]:
+def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The candidates that fit the settings, by name."""
     ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
     return search.candidates(
-        *(model, context, settings.format, ranges, settings.bits),
+        *(piece.model, piece.context, settings.format, ranges, settings.bits),
         pow2=settings.scheme == "fixed",
-        has_data=has_data,
+        has_data=piece.has_data,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from onnxc.core import Context, Pass
-from onnxc.graph import Model
+from onnxc.core import Pass
+from onnxc.workpiece import Workpiece
 from passes.sparsify import Sparsify
 
 
@@ -22,8 +22,6 @@ class SparsifySettings:
         return "sparse"
 
 
-def ways(
-    settings: SparsifySettings, model: Model, context: Context, has_data: bool
-) -> Mapping[str, tuple[Pass, ...]]:
+def ways(settings: SparsifySettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The one way, named by what becomes zero."""
     return {settings.sparsify.summary: (settings.sparsify,)}

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from onnxc import quantization, sparsification
-from onnxc.core import Context, Pass
-from onnxc.graph import Model
+from onnxc import pruning, quantization, sparsification
+from onnxc.core import Pass
+from onnxc.pruning import PruneSettings
 from onnxc.quantization import QuantizeSettings
 from onnxc.report import Aim
 from onnxc.sparsification import SparsifySettings
+from onnxc.workpiece import Workpiece
 
 Ways = Mapping[str, tuple[Pass, ...]]
 
@@ -42,7 +43,7 @@ class Task:
 
     aim: Aim
     settings: type[Settings]
-    ways: Callable[[Any, Model, Context, bool], Ways]
+    ways: Callable[[Any, Workpiece], Ways]
     rescue: Callable[[Any, bool], Ways] = _no_rescue
 
     @property
@@ -57,3 +58,4 @@ QUANTIZE = Task(
     quantization.rescue,
 )
 SPARSIFY = Task(Aim("sparsify", "made sparse", "zeros"), SparsifySettings, sparsification.ways)
+PRUNE = Task(Aim("prune", "pruned"), PruneSettings, pruning.ways)

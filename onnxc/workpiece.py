@@ -1,0 +1,32 @@
+"""A prepared model with what may be measured of it, for whoever has to choose passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from onnxc.core import Context
+from onnxc.graph import Model
+from onnxc.pipeline import Calibration, Progress
+from onnxc.runtime import Runtime
+
+
+def silent(text: str) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Workpiece:
+    """feed: one batch by input name. calibration: of the samples that may be looked at."""
+
+    model: Model
+    context: Context
+    calibration: Calibration
+    feed: Mapping[str, Any] = field(default_factory=dict)
+    runtime: Runtime = Runtime()
+    say: Progress = silent
+
+    @property
+    def has_data(self) -> bool:
+        return self.calibration.dataset is not None
