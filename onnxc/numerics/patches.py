@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -76,23 +76,17 @@ def rows(
     """
     if window.samples:
         x = np.ascontiguousarray(np.moveaxis(x, window.samples, 0))
-    starts = first(x, axis, replace(window, samples=0), positions, samples, starts)
+    if starts is None:
+        starts = first(x, axis, window, positions, samples)
     if window.is_slice:
         return _slices(_cut(x, axis, samples), window.groups, positions, starts)
     return _patches(x, window, positions, starts)
 
 
 def first(
-    x: Array,
-    axis: int,
-    window: Window,
-    positions: int,
-    samples: int | None = None,
-    starts: Sequence[int] | None = None,
+    x: Array, axis: int, window: Window, positions: int, samples: int | None = None
 ) -> list[int]:
     """Where `rows` starts in each sample of an input whose first axis counts the samples."""
-    if starts is not None:
-        return list(starts)
     cut = _cut(x, axis, samples) if window.is_slice else x
     step = stride(_count(cut, window), positions)
     return [start(sample, step) for sample in cut]
