@@ -71,7 +71,7 @@ def test_the_recipe_of_a_report_replays_it_byte_for_byte(extra: list[Any], capsy
     again = report_of(capsys, "sparsify", TOKENS, "--recipe", "r.toml", "-o", "2.onnx")
     assert Path("1.onnx").read_bytes() == Path("2.onnx").read_bytes()
     assert again["recipe"] == found["recipe"]
-    assert [p.name for p in loads(found["recipe"]).passes] == ["sparsify"]
+    assert [p.name for p in loads(found["recipe"]).passes] == ["sparsify", "reconstruct"]
 
 
 def test_options_go_before_the_recipe(capsys: Any) -> None:
@@ -113,6 +113,11 @@ def test_a_quantized_model_is_left_alone(capsys: Any) -> None:
     assert call("quantize", TOKENS, *arguments, "--quiet") == 0
     assert call("sparsify", "q.onnx", "--data", TOKEN_DATA) == 2
     assert "already quantized" in capsys.readouterr().err
+
+
+def test_reconstruction_can_be_left_out(capsys: Any) -> None:
+    found = report_of(capsys, *ARGUMENTS, "-o", "o.onnx", "--no-reconstruct")
+    assert [p.name for p in loads(found["recipe"]).passes] == ["sparsify"]
 
 
 def test_a_missed_bound_with_strict_writes_nothing(box: Path, capsys: Any) -> None:
