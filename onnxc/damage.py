@@ -3,16 +3,18 @@
 For each group and a few counts k the model is built without the first k channels that a criterion
 names, the weights that read the others updated, and run on calibration samples:
 
-    D(k) = mean over outputs of  E‖y − ŷ‖² / E‖y − E[y]‖²
+    D(k) = mean over outputs of  E KL(softmax y ‖ softmax ŷ)        of (N, classes)
+                                 E‖y − ŷ‖² / E‖y − E[y]‖²           of other floats
 
 Between them, curves have the shape of the error at the group's own readers. A group that the
 network hardly feels may have a large error there, and the other way round: on ResNet-20, allocation
-by measured damage keeps 1.3 points more than by the readers' errors.
+by measured damage keeps 1.3 points more than by the readers' errors, and on SqueezeNet the
+divergence of classes 2 points more than squared errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,21 +128,25 @@ def outputs(piece: Workpiece, samples: Dataset) -> Outputs:
 
 
 def _distance(reference: Outputs, made: Outputs) -> float:
-    """Squared error relative to the variance, mean over the outputs that are floats."""
-    shares = list(_shares(reference, made))
-    return float(np.mean(shares)) if shares else 0.0
+    """D of what was made in place of the reference."""
+    names = [n for n, y in reference[0].items() if y.dtype.kind == "f"]
+    pairs = [[np.concatenate([b[n] for b in some]) for some in (reference, made)] for n in names]
+    found = [_apart(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
+    return float(np.mean(found)) if found else 0.0
 
 
-def _shares(reference: Outputs, made: Outputs) -> Iterator[float]:
-    for name in reference[0]:
-        if reference[0][name].dtype.kind != "f":
-            continue
-        whole, other = (
-            np.concatenate([np.ravel(batch[name]) for batch in some]).astype(np.float64)
-            for some in (reference, made)
-        )
-        if whole.shape != other.shape:  # of a size that follows from the values
-            continue
-        error = whole - other
-        variance = float(whole.var())
-        yield float(np.mean(error**2)) / variance if variance > 0 else 0.0
+def _apart(reference: Array, made: Array) -> float:
+    y, z = reference.astype(np.float64), made.astype(np.float64)
+    if y.ndim == 2 and y.shape[1] > 1:
+        p, q = _log_shares(y), _log_shares(z)
+        return float(np.mean(np.sum(np.exp(p) * (p - q), axis=1)))
+    variance = float(y.var())
+    return float(np.mean((y - z) ** 2)) / variance if variance > 0 else 0.0
+
+
+def _log_shares(scores: Array) -> Array:
+    """log softmax of rows; of rows that are probabilities already, their logarithm."""
+    if (scores >= 0).all() and np.allclose(scores.sum(axis=1), 1, atol=1e-3):
+        return np.asarray(np.log(np.maximum(scores, 1e-12)))
+    moved = scores - scores.max(axis=1, keepdims=True)
+    return np.asarray(moved - np.log(np.exp(moved).sum(axis=1, keepdims=True)))
