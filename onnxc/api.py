@@ -113,7 +113,7 @@ def write(task: Task, request: Request) -> Report:
         found = compress_model(
             job.plan, job.model, job.calibration, judge, runtime, say, validation
         )
-    missed = missed_bounds(found.comparison, max_drop)
+    missed = (*missed_bounds(found.comparison, max_drop), *task.missed(job.plan.settings, found))
     is_written = not (request.strict and missed)
     if is_written:
         say("writing")
@@ -132,9 +132,9 @@ def preview(model: ModelPath, task: Task = QUANTIZE, **request: Any) -> Preview:
     kept = job.samples.kept
     few = None if kept is None else _few(kept)
     calibration = replace(job.calibration, dataset=few)
-    feed = next(iter((few or job.samples.judge).batches(1)))
+    judge = few or job.samples.judge
     with naming(job.path):
-        tried = attempt(job.plan, job.model, calibration, feed, wanted.runtime, wanted.say)
+        tried = attempt(job.plan, job.model, calibration, judge, wanted.runtime, wanted.say)
     prepared = tuple(change for step in tried.prepared for change in step.changes)
     return Preview(
         model=str(job.path),
@@ -165,17 +165,18 @@ def _report(job: Job, found: Compressed, missed: tuple[str, ...], is_written: bo
     return Report(
         model=str(job.path),
         output=str(job.output) if is_written else None,
-        before=Measure(file_bytes(job.path), found.before),
-        after=Measure(size, found.after),
+        before=Measure(file_bytes(job.path), found.before, found.macs[0]),
+        after=Measure(size, found.after, found.macs[1]),
         target=job.plan.target.name,
         way=found.way,
         aim=job.plan.task.aim,
-        count=found.count,
+        count=len({change.node for change in found.done}),
         headline=job.headline,
         speedup=found.ratio,
         comparison=found.comparison,
         coverage=found.coverage,
         zeros=found.zeros,
+        done=found.done if job.plan.task.aim.seeks != "integers" else (),
         changes=found.changes,
         skips=found.skips,
         missed=missed,

@@ -18,7 +18,7 @@ from onnxc import search
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage, compare, coverage
 from onnxc.core import Change, Context, Pass, Skip
-from onnxc.cost import quantized_as
+from onnxc.cost import free_dimensions, heavy_nodes, quantized_as
 from onnxc.errors import ModelError, OptionError
 from onnxc.graph import Model, copy, opset, unfinite
 from onnxc.pairs import excess
@@ -62,7 +62,8 @@ class Plan:
 class Compressed:
     """The chosen model with its proof. way: name of the candidate.
 
-    count: nodes that the task did something to. zeros: before and after, where they were sought.
+    done: the changes that were asked for. zeros, macs: before and after; zeros where they were
+    sought, None where the MACs are not known.
     """
 
     model: Model
@@ -76,8 +77,9 @@ class Compressed:
     after: Latency | None
     ratio: Ratio | None
     way: str
-    count: int
+    done: tuple[Change, ...]
     zeros: tuple[Zeros, Zeros] | None = None
+    macs: tuple[int | None, int | None] = (None, None)
 
 
 def check_input(model: Model, path: str) -> None:
@@ -142,20 +144,24 @@ def attempt(
     plan: Plan,
     model: Model,
     calibration: Calibration,
-    feed: Mapping[str, Any],
+    judge: Dataset,
     runtime: Runtime = Runtime(),
     progress: Progress | None = None,
 ) -> Attempt:
-    """Build every candidate of a plan; measure nothing.
+    """Build every candidate of a plan.
 
-    The model is prepared in place; each candidate is another one.
+    The model is prepared in place; each candidate is another one. judge: samples that no statistic
+    sees.
     """
+    feed = next(iter(judge.batches(1)))
     prepared = prepare(model, feed, progress=progress)
     check_prepared(model, calibration)
     calibration = replace(calibration, original=model)
     infer(model, feed)
     context = Context(opset(model.graph), plan.target, seed=plan.seed, only=plan.only)
-    ways = plan.ways(Workpiece(model, context, calibration, feed, runtime, progress or silent))
+    ways = plan.ways(
+        Workpiece(model, context, calibration, feed, runtime, progress or silent, judge)
+    )
     built = search.build(model, ways, context, calibration, feed, progress)
     return Attempt(plan, context, tuple(prepared), ways, built)
 
@@ -176,7 +182,7 @@ def compress_model(
     given on them, or on `judge` where there are none.
     """
     feed, original = next(iter(judge.batches(1))), copy(model)
-    tried = attempt(plan, model, calibration, feed, runtime, progress)
+    tried = attempt(plan, model, calibration, judge, runtime, progress)
     if progress is not None:
         progress("measuring")
     found, latency = search.trials(original, tried.built, judge, runtime, client=calibration.client)
@@ -208,9 +214,17 @@ def compress_model(
         chosen.latency,
         chosen.ratio,
         chosen.name,
-        len({change.node for change in tried.meant(chosen.name)}),
+        tried.meant(chosen.name),
         (count_zeros(model), count_zeros(chosen.model)) if seeks == "zeros" else None,
+        (_macs(model, feed), _macs(chosen.model, feed)) if seeks == "speed" else (None, None),
     )
+
+
+def _macs(model: Model, feed: Mapping[str, Any]) -> int | None:
+    """Multiply-accumulates of one sample; None where shapes are known only at run time."""
+    infer(model, feed)
+    found = [node.macs for node in heavy_nodes(model.graph, free_dimensions(model.graph))]
+    return None if None in found else sum(m for m in found if m is not None)
 
 
 def _choice(found: Sequence[search.Trial], chosen: search.Trial) -> tuple[str, ...]:

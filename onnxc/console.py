@@ -38,9 +38,26 @@ def render(report: Report) -> RenderableType:
     """What was made of a model, and the proof."""
     table, result = _measures(report), _verdict(report)
     parts: Parts = [*_headline(report.headline), _title(report), table, result]
+    parts += _done(report)
     parts += _left_float(report.coverage, report.skips, report.way == "weight-only")
     parts += _notes((*report.notes, *_zeros_notes(report), *_untold(report)))
     return Group(*parts, *_effort(report.seconds, report.memory_peak))
+
+
+def _done(report: Report) -> Parts:
+    """What was done to which node, where that differs from node to node."""
+    if not report.done:
+        return []
+    lines = Table.grid(padding=(0, 0, 0, 2))
+    lines.add_column(overflow="fold")
+    lines.add_column(overflow="fold")
+    for change in report.done[:NODES_SHOWN]:
+        lines.add_row(Text(change.node), Text(change.what))
+    rest = len(report.done) - NODES_SHOWN
+    if rest > 0:
+        lines.add_row(Text(f"{rest} more"), Text("--json names them"))
+    title = f"{report.aim.done}: {_nodes(report.count or 0)}"
+    return [Text(f"\n{title}", style="bold"), lines]
 
 
 def render_preview(report: Preview) -> RenderableType:
@@ -161,6 +178,9 @@ def _cost_rows(report: Report | Validation) -> Iterator[Row]:
     before, after = report.before, report.after
     shrink = f"{before.bytes / max(after.bytes, 1):.2f}x"
     yield "file", size_text(before.bytes), size_text(after.bytes), shrink
+    if before.macs and after.macs and before.macs != after.macs:
+        saved = f"{before.macs / after.macs:.2f}x"
+        yield "MACs", count_text(before.macs), count_text(after.macs), saved
     if before.latency and after.latency:
         ratio = _spread(report.speedup) if report.speedup else ""
         yield "latency p50", f"{before.latency.p50:.3f} ms", f"{after.latency.p50:.3f} ms", ratio

@@ -23,6 +23,7 @@ from onnxc.core import Key
 from onnxc.edit import values
 from onnxc.moments import matrix, moments_key
 from onnxc.numerics import criteria
+from onnxc.numerics.covariance import centred, shrunk
 from onnxc.numerics.saliency import Consumer, grouped, remove
 from onnxc.ops import knowledge
 from onnxc.readers import Reader, readers
@@ -87,10 +88,10 @@ class View:
 
     def _moments(self, reader: Reader, W: Array) -> tuple[Array, Array | None]:
         """H (g, d, d) of a reader's rows, and their mean where a bias takes it up."""
-        found = None if reader.key is None else self.stats.get(reader.key)
-        if found is None:
+        mu, C = covariance(reader, self.stats)
+        if C is None:
             return np.broadcast_to(np.eye(W.shape[2]), (len(W), W.shape[2], W.shape[2])), None
-        return found.second, found.mean if has_place(reader.node) else None
+        return C if mu is None else C + mu[:, :, None] * mu[:, None, :], mu
 
     def rows(self) -> list[Array]:
         """Weights that make each living channel, (channels, entries), for each maker."""
@@ -140,10 +141,19 @@ class View:
             key, weight = moments_key(node), values(node.inputs[knowledge(node).weight])
             if key is not None and key in self.stats and len(weight) == len(labels):
                 stats, W = self.stats[key], matrix(node, weight.astype(np.float64))
-                C = stats.second - stats.mean[:, :, None] * stats.mean[:, None, :]
+                C = centred(stats.second, stats.mean)
                 variance = np.maximum(np.sum((W @ C) * W, axis=2), 0).reshape(-1, 1)
                 found.append(np.sqrt(self.by_channel(variance, labels).mean(axis=1)))
         return found
+
+
+def covariance(reader: Reader, stats: Mapping[Key, Any]) -> tuple[Array | None, Array | None]:
+    """mu (g, d) where a bias takes it up, and C (g, d, d) about it, shrunk; None without data."""
+    found = None if reader.key is None else stats.get(reader.key)
+    if found is None or not found.count:
+        return None, None
+    mu = found.mean if has_place(reader.node) else None
+    return mu, shrunk(centred(found.second, mu), found.count)
 
 
 def _without_zeros(consumer: Consumer) -> Consumer:

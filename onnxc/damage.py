@@ -1,7 +1,8 @@
 """What it costs at the outputs of a model to take channels out of each of its groups.
 
 For each group and a few counts k the model is built without the first k channels that a criterion
-names, the weights that read the others updated, and run on calibration samples:
+names, the weights that read the others updated, and run on samples that no statistic saw (those
+that weights were fitted to would call every fit a good one):
 
     D(k) = mean over outputs of  E KL(softmax y ‖ softmax ŷ)        of (N, classes)
                                  E‖y − ŷ‖² / E‖y − E[y]‖²           of other floats
@@ -28,7 +29,6 @@ from onnxc.criteria import View, rank
 from onnxc.errors import ModelError
 from onnxc.graph import copy, is_spilling, runnable
 from onnxc.numerics.allocation import Curve, through
-from onnxc.pipeline import few
 from onnxc.runtime import run, session
 from onnxc.workpiece import Workpiece
 from passes.prune import Part, Prune
@@ -53,15 +53,14 @@ class Measured:
 def measure(
     piece: Workpiece, prune: Prune, parts: Sequence[Part], stats: Mapping[Key, Any], multiple: int
 ) -> list[Measured]:
-    """The damage of each group, on samples of the calibration data where there are some.
+    """The damage of each group, on the samples to choose by where there are data.
 
     multiple: of channels that kernels work in, which large groups keep to.
     """
     found = [_ranked(piece, prune, part, stats, multiple) for part in parts]
-    dataset = piece.calibration.dataset
-    if dataset is None or is_spilling(piece.model.graph):
+    samples = piece.judge
+    if samples is None or not piece.has_data or is_spilling(piece.model.graph):
         return found
-    samples = few(dataset)
     reference = outputs(piece, samples)
     counts = [_counts(one.curve) for one in found]
     total, done = sum(map(len, counts)), 0

@@ -37,6 +37,7 @@ Array = NDArray[Any]
 DEFAULT = 0.75  # of the MACs, where nothing is asked for
 ROUNDS = 3  # of a budget for latency, each corrected by what the last one measured
 CLOSE = 0.02  # of the latency that was asked for
+LOOSE, LATE = 1.005, 1.05  # times the budget that count as met
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,21 @@ def ways(settings: PruneSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, 
     refit: tuple[Pass, ...] = (Reconstruct(),) if settings.reconstruct else ()
     name = f"{100 * share:g} % of the {what}, {settings.allocation}, {settings.criterion}"
     return {name: (prune, *refit, Shrink())}
+
+
+def missed(settings: PruneSettings, found: Any) -> tuple[str, ...]:
+    """A sentence for the budget that was asked for and is not met."""
+    before, after = found.macs
+    if settings.macs is not None and before and after and after > settings.macs * before * LOOSE:
+        return (_more("work (MACs)", after / before, settings.macs),)
+    if settings.latency is not None and found.ratio is not None:
+        left = 1 / found.ratio.median
+        return (_more("latency", left, settings.latency),) if left > settings.latency * LATE else ()
+    return ()
+
+
+def _more(what: str, left: float, asked: float) -> str:
+    return f"{100 * left:.0f} % of the {what} stays, more than the {100 * asked:g} % asked for"
 
 
 def _allocated(settings: PruneSettings, piece: Workpiece) -> Prune:

@@ -45,10 +45,11 @@ LEAST_SQNR = 15.0  # dB
 
 @dataclass(frozen=True)
 class Measure:
-    """One model as measured. bytes: of the file with its external data."""
+    """One model as measured. bytes: of the file with its external data. macs: None if not known."""
 
     bytes: int
     latency: Latency | None = None
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Report:
     output: None where nothing was written. way: which candidate was chosen. count: how many nodes
     the task was done to, None if that is not known. headline: said before anything else, such as
     "made without data: the input is synthesized". speedup: None where neither could be timed.
-    zeros: before and after, where the aim seeks them. missed: bounds that the user asked for and
+    zeros: before and after, where the aim seeks them. done: the changes that were asked for, which
+    are among `changes`. missed: bounds that the user asked for and
     the result does not meet. recipe: TOML that replays it all.
     """
 
@@ -88,6 +90,7 @@ class Report:
     comparison: Comparison | None = None
     coverage: Coverage | None = None
     zeros: tuple[Zeros, Zeros] | None = None
+    done: tuple[Change, ...] = ()
     changes: tuple[Change, ...] = ()
     skips: tuple[Skip, ...] = ()
     missed: tuple[str, ...] = ()

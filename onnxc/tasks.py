@@ -32,19 +32,25 @@ def _no_rescue(settings: Any, has_data: bool) -> Ways:
     return {}
 
 
+def _no_goal(settings: Any, found: Any) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Task:
     """One writing command.
 
     settings: the class of its settings. ways: the passes that may do it, by the name of the way;
     of several, the best by measurement is kept. rescue: ways that are tried where those fall
-    short. Steps whose name starts with that of the aim are what was asked for; others help.
+    short. missed: sentences for what was asked for and is not reached. Steps whose name starts
+    with that of the aim are what was asked for; others help.
     """
 
     aim: Aim
     settings: type[Settings]
     ways: Callable[[Any, Workpiece], Ways]
     rescue: Callable[[Any, bool], Ways] = _no_rescue
+    missed: Callable[[Any, Any], tuple[str, ...]] = _no_goal
 
     @property
     def name(self) -> str:
@@ -58,4 +64,4 @@ QUANTIZE = Task(
     quantization.rescue,
 )
 SPARSIFY = Task(Aim("sparsify", "made sparse", "zeros"), SparsifySettings, sparsification.ways)
-PRUNE = Task(Aim("prune", "pruned"), PruneSettings, pruning.ways)
+PRUNE = Task(Aim("prune", "pruned"), PruneSettings, pruning.ways, missed=pruning.missed)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from calib.data import Dataset
 from onnxc.core import Context
 from onnxc.graph import Model
 from onnxc.pipeline import Calibration, Progress
@@ -18,7 +19,7 @@ def silent(text: str) -> None:
 
 @dataclass(frozen=True)
 class Workpiece:
-    """feed: one batch by input name. calibration: of the samples that may be looked at."""
+    """feed: one batch by input name. judge: samples that no statistic sees, to choose by."""
 
     model: Model
     context: Context
@@ -26,6 +27,7 @@ class Workpiece:
     feed: Mapping[str, Any] = field(default_factory=dict)
     runtime: Runtime = Runtime()
     say: Progress = silent
+    judge: Dataset | None = None
 
     @property
     def has_data(self) -> bool:

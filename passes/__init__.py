@@ -8,11 +8,13 @@ from passes.expand_broadcasts import ExpandBroadcasts
 from passes.fold_constants import FoldConstants
 from passes.fold_norm import FoldNorm
 from passes.merge_bias import MergeBias
+from passes.prune import Prune
 from passes.quantize import Quantize
 from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_weights import QuantizeWeights
 from passes.reconstruct import Reconstruct
 from passes.share_constants import ShareConstants
+from passes.shrink import Shrink
 from passes.simplify_shapes import SimplifyShapes
 from passes.sparsify import Sparsify
 from passes.to_qoperator import ToQOperator
@@ -28,11 +30,13 @@ __all__ = [
     "FoldConstants",
     "FoldNorm",
     "MergeBias",
+    "Prune",
     "Quantize",
     "QuantizeDynamic",
     "QuantizeWeights",
     "Reconstruct",
     "ShareConstants",
+    "Shrink",
     "SimplifyShapes",
     "Sparsify",
     "ToQOperator",

@@ -20,10 +20,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.biases import has_place, shift_bias
+from onnxc.biases import shift_bias
 from onnxc.channels import Group, find_channels
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.criteria import Name, View, rank, wanted
+from onnxc.criteria import Name, View, covariance, rank, wanted
 from onnxc.errors import OptionError
 from onnxc.graph import fresh, nbytes, store
 from onnxc.moments import mean_output
@@ -32,6 +32,7 @@ from onnxc.readers import Reader
 
 Array = NDArray[Any]
 
+NAMED = 2  # nodes that a sentence names
 RIDGE = 1e-3  # λ of the update, relative to diag(H)
 
 
@@ -130,18 +131,16 @@ class Prune:
         """Set columns of a reader's weight to zero, and fit the others to its outputs."""
         W = reader.matrix()
         cut = np.where(_spread(columns, W), 0, W)
-        stats = None if reader.key is None else context.stats.get(reader.key)
-        new = cut if stats is None or not self.update else _updated(reader, W, cut, stats)
+        mu, C = covariance(reader, context.stats)
+        new = cut if C is None or not self.update else _updated(W, cut, C)
         old = reader.node.inputs[reader.slot.position]
         weight = reader.to_weight(new)
         made = store(graph, fresh(graph, f"{old.name}_pruned"), weight)
         reader.node.inputs[reader.slot.position] = made
-        if stats is not None and has_place(reader.node):
-            shift = mean_output(reader.node, reader.to_weight(W - new), stats.mean)
+        if mu is not None:
+            shift = mean_output(reader.node, reader.to_weight(W - new), mu)
             shift_bias(graph, reader.node, shift, "pruned")
-        what = (
-            f"{len(columns)} of {W.shape[0] * W.shape[2]} inputs out{_errors(W, cut, new, stats)}"
-        )
+        what = f"{len(columns)} of {W.shape[0] * W.shape[2]} inputs out{_errors(W, cut, new, C)}"
         yield Change(reader.node.name, what, nbytes(old), nbytes(made))
 
 
@@ -177,41 +176,33 @@ def _spread(columns: Array, W: Array) -> Array:
     return np.broadcast_to(mask.reshape(W.shape[0], 1, W.shape[2]), W.shape)
 
 
-def _moments(reader: Reader, W: Array, stats: Any) -> Moments:
-    """What the outputs of W are, as a goal for other weights."""
-    H, mean = stats.second, stats.mean
-    if has_place(reader.node):
-        H = H - mean[:, :, None] * mean[:, None, :]
-    return Moments(H, W @ H, np.zeros(W.shape[:2]), mean, np.einsum("god,gd->go", W, mean))
+def _updated(W: Array, cut: Array, C: Array) -> Array:
+    """What is left of W, fitted to the outputs of W about their mean."""
+    g, M, d = W.shape
+    m = Moments(C, W @ C, np.zeros((g, M)), np.zeros((g, d)), np.zeros((g, M)))
+    return solve(m, cut, np.zeros((g, M)), cut != 0, RIDGE)[0]
 
 
-def _updated(reader: Reader, W: Array, cut: Array, stats: Any) -> Array:
-    m = _moments(reader, W, stats)
-    centred = Moments(m.H, m.T, m.tt, np.zeros_like(m.x), np.zeros_like(m.t))
-    return solve(centred, cut, np.zeros(W.shape[:2]), cut != 0, RIDGE)[0]
-
-
-def _errors(W: Array, cut: Array, new: Array, stats: Any) -> str:
-    """Errors of a reader's outputs without and with the update, relative to their power."""
-    if stats is None:
+def _errors(W: Array, cut: Array, new: Array, C: Array | None) -> str:
+    """Errors of a reader's outputs without and with the update, relative to their variance."""
+    if C is None:
         return ", without data"
-    H = stats.second - stats.mean[:, :, None] * stats.mean[:, None, :]
-    power, *errors = (
-        float(np.einsum("god,gde,goe->", D, H, D, optimize=True)) for D in (W, W - cut, W - new)
-    )
-    return (
-        ""
-        if power <= 0
-        else ", error {:.2%} cut, {:.2%} after the update".format(
-            *(error / power for error in errors)
-        )
-    )
+    power, *errors = (float(np.sum((D @ C) * D)) for D in (W, W - cut, W - new))
+    if power <= 0:
+        return ""
+    before, after = (f"{error / power:.2%}" for error in errors)
+    return f", error {before} cut, {after} after the update"
 
 
 def _told(part: Part, view: View, count: int, criterion: str) -> Change | Skip:
     makers, n = part.group.nodes("makes"), len(part.group.channels)
     if not count:
         return Skip(makers[0], f"all {len(view.alive)} channels stay")
-    also = f", made by {len(makers)} nodes" if len(makers) > 1 else ""
-    read = f"read by {len(part.group.nodes('reads'))}"
-    return Change(makers[0], f"{count} of {n} channels out by {criterion}{also}, {read}")
+    also = f", with {_some(makers[1:])}" if len(makers) > 1 else ""
+    read = _some(part.group.nodes("reads"))
+    return Change(makers[0], f"{count} of {n} channels out by {criterion}{also}; read by {read}")
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -4,14 +4,8 @@ For rows x of a layer's input, H = E[x xᵀ] and mu = E[x], a weight Ŵ in place
 
     E(Ŵ) = tr (W − Ŵ) C (W − Ŵ)ᵀ,      C = H − mu muᵀ
 
-where the bias takes in the mean of the difference, (W − Ŵ) mu; without a bias C keeps mu. Moments
-of n rows promise more than other rows keep, so C is shrunk towards a multiple of I,
-
-    C <- (1 − λ) C + λ (tr C / d) I,
-    λ = ((1 − 2/d) tr C² + (tr C)²) / ((n + 1 − 2/d) (tr C² − (tr C)² / d))
-
-(OAS, Chen 2010), which is about 0.01 where rows are many, and near 1 where they are fewer than
-what C has of dimensions. The criteria rank weights by
+where the bias takes in the mean of the difference, (W − Ŵ) mu; without a bias C keeps mu. C of few
+rows is shrunk (`onnxc.numerics.covariance`). The criteria rank weights by
 
     magnitude   w²                      Han 2015
     obd         w² C_jj                 LeCun 1990, the diagonal of the Hessian of a linear layer
@@ -42,13 +36,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxc.numerics.covariance import LEAST_SHRINKAGE, shrunk
+
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Criterion = Literal["obs", "magnitude", "wanda", "obd"]
 Pattern = Callable[[Array], Mask]  # which of these scores, (groups, outputs, d), stay
 
-LEAST_SHRINKAGE = 0.002  # λ
 GRID = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.78, 0.85, 0.9, 0.94, 0.97, 0.99)  # shares of a curve
 LEAST_PRICE, HALVINGS = -60.0, 80  # of the log of the price of a zero
 FINENESS = 1000  # shares that a layer may get
@@ -99,21 +94,9 @@ def quadratic(
         if mu is not None:
             part = mu[:, start : start + width]
             C -= part[:, :, None] * part[:, None, :]
-        blocks.append(_shrunk(C, count, least))
+        blocks.append(shrunk(C, count, least))
         start += width
     return Quadratic(tuple(blocks))
-
-
-def _shrunk(C: Floats, count: float, least: float) -> Floats:
-    """(1 − λ) C + λ mean(diag C) I, for each group."""
-    d = C.shape[1]
-    trace, square = np.trace(C, axis1=1, axis2=2), np.sum(C * C, axis=(1, 2))
-    above = (1 - 2 / d) * square + trace**2
-    below = (count + 1 - 2 / d) * (square - trace**2 / d)
-    shrinkage = np.divide(above, below, out=np.ones(len(C)), where=below > 0)
-    share = np.clip(shrinkage, least, 1)[:, None, None]
-    power = np.where(trace > 0, trace / d, 1)[:, None, None]
-    return np.asarray((1 - share) * C + share * power * np.eye(d))
 
 
 def largest(keep: int) -> Pattern:
