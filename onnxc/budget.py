@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from onnxc.channels import Channels, Group
 from onnxc.labels import Labels
-from onnxc.macs import Names, macs
 
 Array = NDArray[Any]
 
@@ -88,11 +87,6 @@ def budget(
     counts = np.array(rows) if rows else np.zeros((0, len(groups) + 1))
     shares = np.array([share for share, _ in items])
     return Budget(shares, tuple(axes for _, axes in items), counts, sizes, fixed, multiple)
-
-
-def macs_of(graph: gs.Graph, free: Names = frozenset()) -> dict[str, float]:
-    """Multiply-accumulates of each node, where its shapes are known."""
-    return {node.name: float(macs(node, free) or 0) for node in graph.nodes}
 
 
 def _items(node: gs.Node, channels: Channels) -> list[tuple[float, list[Labels]]]:

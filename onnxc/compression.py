@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from calib.data import Dataset
 from calib.statistics import structure
@@ -18,7 +17,7 @@ from onnxc import search
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage, compare, coverage
 from onnxc.core import Change, Context, Pass, Skip
-from onnxc.cost import free_dimensions, heavy_nodes, quantized_as
+from onnxc.cost import inspect, quantized_as
 from onnxc.errors import ModelError, OptionError
 from onnxc.graph import Model, copy, opset, unfinite
 from onnxc.pairs import excess
@@ -216,15 +215,8 @@ def compress_model(
         chosen.name,
         tried.meant(chosen.name),
         (count_zeros(model), count_zeros(chosen.model)) if seeks == "zeros" else None,
-        (_macs(model, feed), _macs(chosen.model, feed)) if seeks == "speed" else (None, None),
+        (inspect(model).macs, inspect(chosen.model).macs) if seeks == "speed" else (None, None),
     )
-
-
-def _macs(model: Model, feed: Mapping[str, Any]) -> int | None:
-    """Multiply-accumulates of one sample; None where shapes are known only at run time."""
-    infer(model, feed)
-    found = [node.macs for node in heavy_nodes(model.graph, free_dimensions(model.graph))]
-    return None if None in found else sum(m for m in found if m is not None)
 
 
 def _choice(found: Sequence[search.Trial], chosen: search.Trial) -> tuple[str, ...]:

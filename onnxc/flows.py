@@ -564,24 +564,42 @@ def _space_to_depth(visit: Visit) -> list[Axes]:
 
 def _shape(visit: Visit) -> list[Axes]:
     """Sizes that are read: of axes with channels, no longer what they were."""
-    users = visit.node.outputs[0].outputs
-    picks = {int(a) for u in users if u.op == "Gather" for a in _picked(u)}
-    is_known = all(u.op == "Gather" and is_constant(u.inputs[1]) for u in users)
-    start = int(visit.node.attrs.get("start", 0))
-    rank = len(visit.shape(0))
-    read = {(start + a) % rank for a in picks} if is_known and start >= 0 else set(range(rank))
-    visit.only(0, set(range(rank)) - read, "reads how many there are")
+    axes = np.arange(len(visit.shape(0)))
+    start, end = (visit.node.attrs.get(name) for name in ("start", "end"))
+    picked = (_picked(user, axes[start:end]) for user in visit.node.outputs[0].outputs)
+    read = {int(axis) for some in picked for axis in some}
+    visit.only(0, set(axes.tolist()) - read, "reads how many there are")
     return [{}]
 
 
-def _picked(node: gs.Node) -> list[int]:
-    return np.ravel(values(node.inputs[1])).tolist() if is_constant(node.inputs[1]) else []
+def _picked(user: gs.Node, axes: Labels) -> Labels:
+    """The axes whose sizes a reader of a shape takes; all of them where that is computed."""
+    if user.op == "Gather" and is_constant(user.inputs[1]):
+        return np.ravel(axes[values(user.inputs[1])])
+    cuts = sliced(Visit(user, [], Ties(), [])) if user.op == "Slice" else None
+    return axes if cuts is None else axes[cuts.get(0, slice(None))]
 
 
 def _reshape(visit: Visit) -> list[Axes]:
-    if visit.number(1) is None or visit.node.attrs.get("allowzero", 0):
+    """To sizes that are constants where there are channels; elsewhere they may be computed."""
+    sizes = entries(visit.node.inputs[1])
+    if sizes is None or visit.node.attrs.get("allowzero", 0):
         return opaque(visit)
-    return _reshaped(visit)
+    (made,) = _reshaped(visit)
+    for axis in [a for a in made if sizes[a] is None]:
+        visit.block([made.pop(axis)], "computes how many there are")
+    return [made]
+
+
+def entries(tensor: gs.Tensor) -> list[int | None] | None:
+    """The integers of a 1-D tensor, None for those that are computed; None if it is not known."""
+    if is_constant(tensor):
+        return [int(v) for v in np.ravel(values(tensor))]
+    if tensor.inputs and tensor.inputs[0].op == "Concat":
+        parts = [entries(part) for part in tensor.inputs[0].inputs]
+        return None if None in parts else [v for part in parts for v in part or ()]
+    size = tensor.shape[0] if tensor.shape is not None and len(tensor.shape) == 1 else None
+    return [None] * int(size) if isinstance(size, int | np.integer) else None
 
 
 def _reshaped(visit: Visit) -> list[Axes]:

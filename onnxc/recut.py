@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from onnxc.channels import Channels, kept
 from onnxc.edit import constant, fresh, insert, nbytes, opset, store, values
-from onnxc.flows import Visit, sliced
+from onnxc.flows import Visit, entries, sliced
 from onnxc.labels import Axes, Labels, Ties
-from onnxc.ops import groups
+from onnxc.ops import groups, is_constant
 
 Array = NDArray[Any]
 
@@ -168,12 +168,33 @@ def _group_norm(cut: Cut) -> None:
 def _sizes(cut: Cut) -> None:
     """The last input: sizes of axes that have channels; 0, 1 and -1 follow the input."""
     position = len(cut.node.inputs) - 1
-    wanted = values(cut.node.inputs[position]).copy()
+    tensor = cut.node.inputs[position]
+    known = entries(tensor)
+    assert known is not None
+    wanted = list(known)
     behind = len(cut.node.outputs[0].shape) - len(wanted)
     for axis, labels in cut.y[0].items():
         if axis >= behind and wanted[axis - behind] == len(labels):
             wanted[axis - behind] = len(cut.stays(labels))
-    cut.replace(position, wanted)
+    if is_constant(tensor):
+        cut.replace(position, wanted)
+    elif wanted != known:
+        cut.node.inputs[position] = _joined(cut, tensor, wanted)
+
+
+def _joined(cut: Cut, tensor: gs.Tensor, wanted: Sequence[int | None]) -> gs.Tensor:
+    """A Concat like the one that makes a tensor, with other constants in it."""
+    maker, name = tensor.inputs[0], fresh(cut.graph, f"{tensor.name}_cut")
+    parts, start = [], 0
+    for part in maker.inputs:
+        size = int(np.prod(part.shape))
+        some, start = wanted[start : start + size], start + size
+        if is_constant(part):
+            part = constant(fresh(cut.graph, f"{part.name}_cut"), np.array(some, np.int64))
+        parts.append(part)
+    made = gs.Variable(name, tensor.dtype, tensor.shape)
+    cut.ahead.append(gs.Node(maker.op, name, dict(maker.attrs), parts, [made]))
+    return made
 
 
 def _resize(cut: Cut) -> None:

@@ -324,6 +324,56 @@ CASES = {
         A=normal(8, 6),
         B=normal(6, 8),
     ),
+    "attention as exporters write it": case(
+        [3, 6],
+        """g (float[N,5,8] x, float[8,36] P, float[36] p, int64[3] w, int64[1] h, int64[1] d,
+              int64[1] zero, int64[1] two, int64[1] last, int64[1] big,
+              int64[1] rest, float[12,8] O, float[8,6] A, float[6,8] B) => (float[N,5,8] y) {
+           m = MatMul (x, P)
+           a = Add (p, m)
+           q, k, v = Split <axis: int = -1> (a, w)
+           n = Shape (x)
+           nt = Slice (n, zero, two)
+           s4 = Concat <axis: int = 0> (nt, h, d)
+           qr = Reshape (q, s4)
+           qt = Transpose <perm: ints = [0,2,1,3]> (qr)
+           kr = Reshape (k, s4)
+           kt = Transpose <perm: ints = [0,2,3,1]> (kr)
+           vr = Reshape (v, s4)
+           vt = Transpose <perm: ints = [0,2,1,3]> (vr)
+           qs = Shape (qt)
+           qd = Slice (qs, last, big)
+           qf = Cast <to: int = 1> (qd)
+           qq = Sqrt (qf)
+           qn = Div (qt, qq)
+           s = MatMul (qn, kt)
+           e = Softmax (s)
+           c = MatMul (e, vt)
+           ct = Transpose <perm: ints = [0,2,1,3]> (c)
+           cs = Shape (ct)
+           cn = Slice (cs, zero, two)
+           s3 = Concat <axis: int = 0> (cn, rest)
+           cr = Reshape (ct, s3)
+           o = MatMul (cr, O)
+           r = Add (o, x)
+           f = MatMul (r, A)
+           g = Relu (f)
+           y = MatMul (g, B) }""",
+        {"x": normal(2, 5, 8)},
+        P=normal(8, 36),
+        p=normal(36),
+        w=np.array([12, 12, 12]),
+        h=np.array([3]),
+        d=np.array([4]),
+        zero=np.array([0]),
+        two=np.array([2]),
+        last=np.array([-1]),
+        big=np.array([np.iinfo(np.int64).max]),
+        rest=np.array([-1]),
+        O=normal(12, 8),
+        A=normal(8, 6),
+        B=normal(6, 8),
+    ),
     "recurrent": case(
         [6, 5, 4],
         """g (int64[5,N] x, float[11,6] E, float[2,20,6] W, float[2,20,5] R, float[2,40] b,
@@ -379,15 +429,15 @@ CASES = {
 }
 
 
-def opened(proto: onnx.ModelProto) -> tuple[Model, Channels]:
+def opened(proto: onnx.ModelProto, feed: dict[str, Any]) -> tuple[Model, Channels]:
     model = load(proto)
-    infer(model)
+    infer(model, feed)
     return model, find_channels(model.graph)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_groups(name: str) -> None:
-    _, channels = opened(CASES[name].proto)
+    _, channels = opened(CASES[name].proto, CASES[name].feed)
     found = [len(group.channels) for group in channels.groups() if not group.obstacle]
     assert sorted(found) == sorted(CASES[name].groups)
 
@@ -395,7 +445,7 @@ def test_groups(name: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", CASES)
 def test_maps_are_exact(name: str, seed: int) -> None:
-    model, channels = opened(CASES[name].proto)
+    model, channels = opened(CASES[name].proto, CASES[name].feed)
     assert silence(model, channels, seed)
     check_shrinking(model, CASES[name].feed)
 
