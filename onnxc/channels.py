@@ -17,9 +17,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxc.edit import bodies, captured
-from onnxc.flows import FLOWS, Slot, Split, Visit, opaque
+from onnxc.flows import FLOWS
 from onnxc.labels import Axes, Labels, Ties
 from onnxc.ops import knowledge
+from onnxc.visit import Slot, Split, Visit, opaque
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from onnxc.channels import Group
 from onnxc.core import Key
 from onnxc.edit import values
-from onnxc.flows import Slot
 from onnxc.moments import matrix, moments_key
 from onnxc.ops import groups, knowledge
+from onnxc.visit import Slot
 
 Array = NDArray[Any]
 

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from onnxc.channels import Channels, kept
 from onnxc.edit import constant, fresh, insert, nbytes, opset, store, values
-from onnxc.flows import Visit, entries, sliced
 from onnxc.labels import Axes, Labels, Ties
+from onnxc.moves import sliced
 from onnxc.ops import groups, is_constant
+from onnxc.reshapes import entries
+from onnxc.visit import Visit
 
 Array = NDArray[Any]
 

@@ -20,8 +20,10 @@ from texts import bind, context, normal, outputs, positive, reasons
 
 from onnxc.channels import Channels, find_channels
 from onnxc.errors import ModelError
+from onnxc.flows import FLOWS
 from onnxc.graph import Model, constant, copy, load, to_bytes, values
 from onnxc.pipeline import prepare
+from onnxc.recut import RECUTS
 from onnxc.runtime import Runtime, run, session
 from onnxc.shapes import infer
 from passes.shrink import Shrink
@@ -584,3 +586,7 @@ def test_all_real_models(shared: Path, subtests: pytest.Subtests) -> None:
         for seed in range(3):
             with subtests.test(f"{entry['name']} {seed}"):
                 check_zoo_model(shared / "models" / "zoo" / f"{entry['name']}.onnx", seed)
+
+
+def test_every_row_is_an_operator_of_onnx() -> None:
+    assert [op for op in (*FLOWS, *RECUTS) if not onnx.defs.has(op)] == []
