@@ -64,7 +64,6 @@ def collect(
     threads: int = 1,
     batch: int | None = None,
     progress: Progress | None = None,
-    original: Model | None = None,
     client: Client | None = None,
 ) -> Collected:
     """Gather the statistics that `keys` name by running the model over the whole dataset.
@@ -72,9 +71,8 @@ def collect(
     max_memory: bytes that the process may take, or None. threads: of ONNX Runtime, 0 for all
     cores; one is best where others use the machine, for idle threads spin. batch: samples in a run;
     None: as many as are fast and fit. progress: called with (samples done, samples in all).
-    original: the model before it was rewritten, for "cross" moments, which are between its tensors
-    and those of one name in `model`. client: of a Dask cluster, whose workers then run the model;
-    max_memory and threads are those of each. The statistics are the same, to the last bit.
+    client: of a Dask cluster, whose workers then run the model; max_memory and threads are those of
+    each. The statistics are the same, to the last bit.
 
     A key whose tensor cannot be observed (inside a body, constant, holding infinity as an attention
     mask does) is left out with a note. Raises OptionError for an unknown tensor or statistic,
@@ -91,17 +89,17 @@ def collect(
     direct = {i.name for i in source.proto.graph.input}
     names = {k.name for k in usable} - direct
     taps = [n for n in _in_order(source.proto) if n in names]
-    is_large = model.scratch is not None and taps
-    if is_large and not any(key.what == "cross" for key in usable):
+    if model.scratch is not None and taps:
         memory = model.memory or 0
         staged = stage_work(source, taps, usable, dataset, memory, batch, threads)
         if staged is not None:
             stats = gather(staged, _counting(staged.plan, dataset, progress))
             notes += () if client is None else (ALONE,)
             return _collected(stats, direct, notes, staged.plan, len(dataset))
-    protos = _protos(model, original, wanted)
-    plan = plan_runs(protos, taps, usable, dataset, max_memory, batch)
-    work = Work(protos, tuple(usable), plan, dataset, threads)
+    proto = _with_types(model)
+    _add_differences(proto, wanted)
+    plan = plan_runs(proto, taps, usable, dataset, max_memory, batch)
+    work = Work(proto, tuple(usable), plan, dataset, threads)
     crew = None if client is None else Crew(client)
     try:
         stats = _gather(work, progress, crew)
@@ -109,7 +107,7 @@ def collect(
         if plan.batch == 1 or fixed_batch(dataset.inputs, dataset.source.axes):
             raise
         note = f"the model does not run on {plan.batch} samples at once, so it was run on one"
-        plan = plan_runs(protos, taps, usable, dataset, max_memory, 1)
+        plan = plan_runs(proto, taps, usable, dataset, max_memory, 1)
         plan = replace(plan, notes=(*plan.notes, note))
         stats = _gather(replace(work, plan=plan), progress, crew)
     notes += () if crew is None else crew.notes
@@ -123,23 +121,6 @@ def _collected(
     notes = (*notes, *plan.notes, *infinite)
     shape = (samples, plan.batch, len(plan.segments), plan.estimate)
     return Collected(stats, notes, *shape, *resident())
-
-
-def _protos(model: Model, original: Model | None, keys: Sequence[Key]) -> tuple[ModelProto, ...]:
-    """The model, and the original where keys ask for cross moments."""
-    crossed = [key.tensor for key in keys if key.what == "cross"]
-    protos = [_with_types(model)]
-    _add_differences(protos[0], keys)
-    if not crossed:
-        return tuple(protos)
-    if original is None:
-        raise OptionError(f"cross moments of {crossed[0]!r} need the original model as well")
-    protos.append(_with_types(original))
-    inputs = {i.name for i in protos[1].graph.input}
-    missing = set(crossed) - tap.produced(protos[1].graph) - inputs
-    if missing:
-        raise OptionError(f"tensor {min(missing)!r} is not in the original: no cross moments")
-    return tuple(protos)
 
 
 def _with_types(model: Model) -> ModelProto:

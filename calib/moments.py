@@ -2,14 +2,7 @@
 
 With rows x of the input (`onnxc.numerics.patches`), n of them, for each group of channels
 
-    mu = Σ x / n,    H = Σ x xᵀ / n,
-
-and between the input x̂ that a compressed graph gives a layer and the original's x
-
-    C = Σ x̂ xᵀ / n,
-
-so that the weight Ŵ = W Cᵀ Ĥ⁻¹ has the least squared error against the original output. Ĥ and C
-are of the same rows: from different ones, their noise would not cancel.
+    mu = Σ x / n,    H = Σ x xᵀ / n.
 
 Rows are multiplied and added in float64, in which the product of two float32 values is exact. A
 sum of n products is then within n · 2⁻⁵³ of the exact one, relative to Σ |x_i x_j|: whatever the
@@ -23,7 +16,7 @@ column a block is the diagonal alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -95,9 +88,16 @@ class MomentsObserver:
 
     def update(self, x: Array, samples: int | None = None) -> None:
         """Add the rows of `x`, which holds that many samples; None: as many as its first axis."""
-        if x.size:
-            axis = 1 if self.axis is None else self.axis
-            self._add(*rows(x, axis, self.window, self._positions(x), samples))
+        if not x.size:
+            return
+        axis = 1 if self.axis is None else self.axis
+        wanted = positions(length(x.shape, axis, self.window))
+        taken, available = rows(x, axis, self.window, wanted, samples)
+        self.count += taken.shape[1]
+        self.available += available
+        self._waiting.append(taken)
+        if sum(part.nbytes for part in self._waiting) >= _waiting(len(taken), taken.shape[2]):
+            self.settle()
 
     def settle(self) -> None:
         """Multiply the rows that wait; after it the sums are complete."""
@@ -121,20 +121,9 @@ class MomentsObserver:
             _sum(self.products.copy(), other.products),
         )
 
-    def _positions(self, x: Array) -> int:
-        axis = 1 if self.axis is None else self.axis
-        return positions(length(x.shape, axis, self.window))
-
-    def _add(self, taken: Array, available: int) -> None:
-        self.count += taken.shape[-2]
-        self.available += available
-        self._waiting.append(taken)
-        if sum(part.nbytes for part in self._waiting) >= _waiting(len(taken), taken.shape[2]):
-            self.settle()
-
     def _multiply(self, taken: Floats) -> None:
         self.total = _sum(taken.sum(axis=1), self.total)
-        self.products = _sum(_products(taken, taken, self.block), self.products)
+        self.products = _sum(_products(taken, self.block), self.products)
 
     @property
     def mean(self) -> Floats:
@@ -174,62 +163,16 @@ class MomentsObserver:
         return bool(np.isnan(self.total).any())
 
 
-@dataclass
-class CrossObserver(MomentsObserver):
-    """The same of the input x̂ that a rewritten graph gives a layer, and its products with x.
-
-    x is the original's input at the same positions. original: Σ x, (groups, d). crossed: Σ x̂ xᵀ,
-    x̂ along the rows, in blocks like the products, which are Σ x̂ x̂ᵀ.
-    """
-
-    original: Floats = field(default_factory=_nothing)
-    crossed: Floats = field(default_factory=_no_products)
-
-    def update(self, x: Array, samples: int | None = None) -> None:
-        """Add the rows of an input that the graphs agree on."""
-        self.update_pair(x, x, samples)
-
-    def update_pair(self, current: Array, original: Array, samples: int | None = None) -> None:
-        """Add the rows of two inputs of one shape, taken at the same positions."""
-        if not current.size:
-            return
-        axis = 1 if self.axis is None else self.axis
-        both = np.concatenate([current, original], axis)
-        window = replace(self.window, groups=2 * self.window.groups)
-        self._add(*rows(both, axis, window, self._positions(current), samples))
-
-    def merge(self, other: Self) -> Self:
-        """The observer of both data. Raises OptionError when rows or blocks differ."""
-        both = super().merge(other)
-        both.original = _sum(self.original.copy(), other.original)
-        both.crossed = _sum(self.crossed.copy(), other.crossed)
-        return both
-
-    def _multiply(self, taken: Floats) -> None:
-        current, original = np.split(taken, 2)
-        super()._multiply(current)
-        self.original = _sum(original.sum(axis=1), self.original)
-        self.crossed = _sum(_products(current, original, self.block), self.crossed)
-
-    @property
-    def cross(self) -> Floats:
-        """C, (groups, d, d); zero outside its blocks."""
-        return _assembled(self.crossed, self.total.shape[1]) / max(self.count, 1)
-
-
-def _products(a: Floats, b: Floats, block: int | None) -> Floats:
-    """Σ a bᵀ in blocks; where a is b, BLAS computes one half of the symmetric matrix."""
-    d = a.shape[2]
-    count, width = widths(d, block)
+def _products(x: Floats, block: int | None) -> Floats:
+    """Σ x xᵀ in blocks; of one array with itself, BLAS computes half of the symmetric matrix."""
+    count, width = widths(x.shape[2], block)
     if count == 1:
-        return (a.transpose(0, 2, 1) @ b)[:, None]
-    products = np.zeros((len(a), count, width, width))
+        return (x.transpose(0, 2, 1) @ x)[:, None]
+    products = np.zeros((len(x), count, width, width))
     for index in range(count):
-        columns = slice(index * width, (index + 1) * width)
-        left = a[..., columns]
-        right = left if a is b else b[..., columns]
-        size = left.shape[2]
-        products[:, index, :size, :size] = left.transpose(0, 2, 1) @ right
+        part = x[..., index * width : (index + 1) * width]
+        size = part.shape[2]
+        products[:, index, :size, :size] = part.transpose(0, 2, 1) @ part
     return products
 
 

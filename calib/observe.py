@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import onnxruntime as ort
 from onnx import ModelProto
@@ -21,21 +22,22 @@ from threadpoolctl import threadpool_limits
 from calib import tap
 from calib.data import Dataset
 from calib.inputs import Array, Feed
-from calib.moments import CrossObserver, MomentsObserver
+from calib.moments import MomentsObserver
 from calib.observers import Streaming, observer_of
 from calib.plan import Plan
 from onnxc.core import Key
 from onnxc.runtime import Runtime, run, session
 
+Opened: TypeAlias = ort.InferenceSession | None  # none where only the model's inputs are observed
 Stats = dict[Key, Streaming]
 Seen = Callable[[int], None]  # told how many samples a run had
 
 
 @dataclass(frozen=True)
 class Work:
-    """A model (for cross moments with the original), what to observe of it, on which data, how."""
+    """A model, what to observe of it, on which data, how."""
 
-    protos: tuple[ModelProto, ...]
+    proto: ModelProto
     keys: tuple[Key, ...]
     plan: Plan
     dataset: Dataset
@@ -50,27 +52,13 @@ class Work:
         )
 
 
-@dataclass(frozen=True)
-class Opened:
-    """The sessions of a segment: of the model, and of the original where keys are cross."""
-
-    current: ort.InferenceSession | None
-    original: ort.InferenceSession | None = None
-
-
 def open_segment(work: Work, segment: int) -> Opened:
-    """Sessions on the parts of the models that the taps of a segment need."""
+    """A session on the part of the model that the taps of a segment need."""
     taps = work.plan.segments[segment]
-    crossed = {key.name for key in work.keys if key.what == "cross"}
-    wanted = (list(taps), [name for name in taps if name in crossed])
-    pairs = zip(work.protos, wanted, strict=False)
-    return Opened(
-        *(_session(proto, names, work.threads) if names else None for proto, names in pairs)
-    )
-
-
-def _session(proto: ModelProto, taps: Sequence[str], threads: int) -> ort.InferenceSession:
-    return session(tap.tapped(proto, taps).SerializeToString(), Runtime(threads, lean=True))
+    if not taps:
+        return None
+    cut = tap.tapped(work.proto, taps)
+    return session(cut.SerializeToString(), Runtime(work.threads, lean=True))
 
 
 class Pool(ThreadPoolExecutor):
@@ -136,17 +124,13 @@ def _observe(
     pool: Pool,
 ) -> None:
     tensors = {name: feed[name] for name in feed if name in observers}
-    originals = _run(opened.original, feed)
-    tensors |= _run(opened.current, feed)
-    observe(tensors, originals, observers, rows, pool)
+    if opened is not None:
+        tensors |= run(opened, {i.name: feed[i.name] for i in opened.get_inputs()})
+    observe(tensors, observers, rows, pool)
 
 
 def observe(
-    tensors: Feed,
-    originals: Feed,
-    observers: Mapping[str, Sequence[Streaming]],
-    rows: int,
-    pool: Pool,
+    tensors: Feed, observers: Mapping[str, Sequence[Streaming]], rows: int, pool: Pool
 ) -> None:
     """What one run gave; each tensor is given free as soon as its observers have seen it."""
     waiting = deque(sorted(tensors, key=lambda name: -tensors[name].size))
@@ -157,7 +141,7 @@ def observe(
                 name = waiting.popleft()
             except IndexError:  # another thread was faster
                 return
-            _see(observers[name], tensors.pop(name), originals.pop(name, None), rows)
+            _see(observers[name], tensors.pop(name), rows)
 
     jobs = [pool.submit(see) for _ in range(pool.workers - 1)]
     see()
@@ -165,15 +149,6 @@ def observe(
         job.result()
 
 
-def _run(opened: ort.InferenceSession | None, feed: Feed) -> Feed:
-    if opened is None:
-        return {}
-    return run(opened, {i.name: feed[i.name] for i in opened.get_inputs()})
-
-
-def _see(observers: Sequence[Streaming], x: Array, original: Array | None, rows: int) -> None:
+def _see(observers: Sequence[Streaming], x: Array, rows: int) -> None:
     for observer in observers:
-        if isinstance(observer, CrossObserver):
-            observer.update_pair(x, x if original is None else original, rows)
-        else:
-            observer.update(x, rows)
+        observer.update(x, rows)

@@ -31,7 +31,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.moments import CrossObserver, MomentsObserver
+from calib.moments import MomentsObserver
 from onnxc.core import Key
 from onnxc.errors import OptionError
 from onnxc.numerics.sampling import start, stride
@@ -256,7 +256,6 @@ OBSERVERS: dict[str, Callable[..., Streaming]] = {
     "peak": PeakObserver,
     "zeros": ZerosObserver,
     "moments": MomentsObserver,
-    "cross": CrossObserver,
 }
 
 

@@ -46,7 +46,6 @@ PART = 32  # least samples of a part
 MOST_PARTS = 16
 NARROWEST = 32  # columns of a block of moments
 
-MOMENTS = frozenset(("moments", "cross"))
 Layouts = Mapping[str, tap.Layout]
 
 
@@ -66,7 +65,7 @@ class Plan:
 
 
 def plan_runs(
-    protos: Sequence[ModelProto],
+    proto: ModelProto,
     taps: Sequence[str],
     keys: Collection[Key],
     dataset: Dataset,
@@ -75,21 +74,20 @@ def plan_runs(
 ) -> Plan:
     """Choose batch, segments and blocks so that the estimate stays below `max_memory`.
 
-    protos: the model, and for cross moments the original beside it. taps: tensors to observe, in
-    order. batch: samples in a run; None: as many as are fast and fit.
+    taps: tensors to observe, in order. batch: samples in a run; None: as many as are fast and fit.
     """
     group = fixed_batch(dataset.inputs, dataset.source.axes)
     if not taps:
         size = group or batch or 1
         return Plan(size, ((),), BASE, parts=parts(len(dataset), size))
     feed = next(iter(dataset.batches(1)))
-    layouts = [tap.layouts(proto, feed) for proto in protos]
-    run = _Run(protos, layouts, taps, keys, group or 1)
-    fixed = BASE + WEIGHT_COPIES * sum(tap.weight_bytes(proto.graph) for proto in protos)
-    fixed += sum(waiting_bytes(key, layouts[0]) for key in keys)
+    layouts = tap.layouts(proto, feed)
+    run = _Run(proto, layouts, taps, group or 1)
+    fixed = BASE + WEIGHT_COPIES * tap.weight_bytes(proto.graph)
+    fixed += sum(waiting_bytes(key, layouts) for key in keys)
     room = sys.maxsize if max_memory is None else max(max_memory - fixed, 0)
-    blocks = blocks_within(keys, layouts[0], (room - run.least) // 2)
-    held = 2 * sum(held_bytes(key, layouts[0], blocks.get(key)) for key in keys)
+    blocks = blocks_within(keys, layouts, (room - run.least) // 2)
+    held = 2 * sum(held_bytes(key, layouts, blocks.get(key)) for key in keys)
     room = max(room - held, 0)
     fitting = min(CHUNK // max(run.tapped, 1), room // max(run.tapped + run.live, 1), LARGEST_BATCH)
     size = group or batch or max(min(fitting, len(dataset)), 1)
@@ -97,7 +95,7 @@ def plan_runs(
     segments = _split(run.bytes_of, spare if spare >= run.largest else run.least - run.live)
     widest = max(sum(run.bytes_of[n] for n in segment) for segment in segments)
     estimate = fixed + held + size * (widest + run.live)
-    notes = (*_block_notes(blocks, layouts[0]), *_notes(estimate, max_memory, len(segments)))
+    notes = (*_block_notes(blocks, layouts), *_notes(estimate, max_memory, len(segments)))
     return Plan(size, segments, estimate, notes, blocks, parts(len(dataset), size))
 
 
@@ -105,23 +103,13 @@ class _Run:
     """Bytes of a run of one sample: taps by name, all taps, and the largest set of live tensors."""
 
     def __init__(
-        self,
-        protos: Sequence[ModelProto],
-        layouts: Sequence[Layouts],
-        taps: Sequence[str],
-        keys: Iterable[Key],
-        group: int,
+        self, proto: ModelProto, layouts: Layouts, taps: Sequence[str], group: int
     ) -> None:
-        twice = {key.name for key in keys if key.what == "cross"}
-        sizes = [{n: int(ARENA * x.nbytes) // group for n, x in each.items()} for each in layouts]
-        self.bytes_of = {n: sizes[0][n] * (2 if n in twice else 1) for n in taps}
+        sizes = {n: int(ARENA * x.nbytes) // group for n, x in layouts.items()}
+        self.bytes_of = {n: sizes[n] for n in taps}
         self.tapped = sum(self.bytes_of.values())
         self.largest = max(self.bytes_of.values())
-        wanted = (taps, [n for n in taps if n in twice])
-        self.live = sum(
-            tap.peak(tap.needed(proto.graph, names), each, ())
-            for proto, names, each in zip(protos, wanted, sizes, strict=False)
-        )
+        self.live = tap.peak(tap.needed(proto.graph, taps), sizes, ())
 
     @property
     def least(self) -> int:
@@ -141,15 +129,14 @@ def held_bytes(key: Key, layouts: Layouts, block: int | None = None) -> int:
     """Bytes of a statistic."""
     if key.what == "histogram":
         return 8 * BINS
-    if key.what not in MOMENTS or key.name not in layouts:
+    if key.what != "moments" or key.name not in layouts:
         return 0
-    size = moments.bytes_of(layouts[key.name].shape, *_cut(key), block)
-    return 2 * size if key.what == "cross" else size
+    return moments.bytes_of(layouts[key.name].shape, *_cut(key), block)
 
 
 def waiting_bytes(key: Key, layouts: Layouts) -> int:
     """Bytes of the rows of a layer that wait to be multiplied."""
-    if key.what not in MOMENTS or key.name not in layouts:
+    if key.what != "moments" or key.name not in layouts:
         return 0
     return moments.waiting(layouts[key.name].shape, *_cut(key))
 
@@ -160,7 +147,7 @@ def _cut(key: Key) -> tuple[int, Window]:
 
 def blocks_within(keys: Iterable[Key], layouts: Layouts, room: int) -> dict[Key, int]:
     """Columns of the blocks of the layers whose moments are too wide to be kept whole."""
-    sized = [key for key in keys if key.what in MOMENTS and key.name in layouts]
+    sized = [key for key in keys if key.what == "moments" and key.name in layouts]
     columns = {key: length(layouts[key.name].shape, *_cut(key)) for key in sized}
     bytes_of = {key: held_bytes(key, layouts) for key in sized}
     blocks: dict[Key, int] = {}

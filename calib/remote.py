@@ -1,7 +1,7 @@
 """Collection by the workers of a cluster: each observes parts, and they are merged here in order.
 
 The parts and their order are those of a run in one process, so the statistics are equal to it, to
-the last bit. A worker keeps the sessions of one segment open. Of second moments, which are
+the last bit. A worker keeps the session of one segment open. Of second moments, which are
 symmetric, one triangle travels.
 """
 
@@ -55,19 +55,19 @@ class Remote:
     def __init__(self, work: Work) -> None:
         self.work = work
         self._turn = Lock()
-        self._opened: tuple[int, Opened | None] = (-1, None)
+        self._opened: tuple[int, Opened] = (-1, None)
         self._limits: Any = None
 
     def __reduce__(self) -> tuple[type[Remote], tuple[Work]]:
         return Remote, (self.work,)
 
     def opened(self, segment: int) -> Opened:
-        """The sessions of a segment, those of another one being closed."""
+        """The session of a segment, that of another one being closed."""
         with self._turn:
             if self._limits is None:
                 self._limits = threadpool_limits(1, user_api="blas")
             number, opened = self._opened
-            if opened is None or number != segment:
+            if number != segment:
                 self._opened = (-1, None)  # before the next one takes memory
                 opened = open_segment(self.work, segment)
                 self._opened = (segment, opened)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.moments import CrossObserver, MomentsObserver, widths
+from calib.moments import MomentsObserver, widths
 from calib.observers import (
     BINS,
     HistogramObserver,
@@ -135,9 +135,6 @@ def _moments_facts(observer: MomentsObserver, key: Key) -> Facts:
     yield groups == observer.window.groups and d % kernel == 0, "the rows do not fit the layer"
     count, width = widths(d, observer.block)
     yield products.shape == (groups, count, width, width), "products are not square, or of others"
-    if isinstance(observer, CrossObserver):
-        yield observer.original.shape == total.shape, "sums of rows have two shapes"
-        yield observer.crossed.shape == products.shape, "products have two shapes"
     transposed = products.transpose(0, 1, 3, 2)
     yield bool((products == transposed).all()), "products are not symmetric"
     yield bool((observer.diagonal >= 0).all()), "a sum of squares is negative"
@@ -150,5 +147,4 @@ FACTS: dict[type[Any], Callable[[Any, Key], Facts]] = {
     PeakObserver: _mean_facts,
     ZerosObserver: _mean_facts,
     MomentsObserver: _moments_facts,
-    CrossObserver: _moments_facts,
 }

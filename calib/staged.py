@@ -134,7 +134,7 @@ def gather(work: StagedWork, seen: Seen | None = None) -> Stats:
             by_name = _by_name(current)
             tensors |= {n: given[n] for n in given if n in by_name}
             rows = rows_of(given, axes)
-            observe(tensors, {}, by_name, rows, pool)
+            observe(tensors, by_name, rows, pool)
             if seen is not None:
                 seen(rows)
         _settle(stats, current, pool)

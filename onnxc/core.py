@@ -39,7 +39,7 @@ class Key:
     what: a row of `calib.observers.OBSERVERS`, "drift" (see `Perturbs`) or "goal" (see
     `Sequential`). axis: the channel axis of a per-channel statistic, or None for one over the whole
     tensor. minus: the statistic is of the difference from this tensor. window: how the layer that
-    reads the tensor cuts it into rows, for "moments", "cross" and "goal". goal: for "goal".
+    reads the tensor cuts it into rows, for "moments" and "goal". goal: for "goal".
     """
 
     tensor: str

@@ -134,8 +134,8 @@ class Calibration:
 
     dataset: None where there are only statistics gathered before. max_memory: bytes of the process,
     or None. notes: gets sentences for the report. known: statistics of the prepared model. client:
-    of a Dask cluster, whose workers then run the model. original: the prepared model, which "cross"
-    moments of a rewritten one are taken against.
+    of a Dask cluster, whose workers then run the model. original: the prepared model, which
+    sequential passes compare the rewritten one with.
     """
 
     dataset: Dataset | None
@@ -199,15 +199,12 @@ def gather(
         calibration.notes.extend(_unanswered(pass_, missing, calibration))
         return stats
     settled = [key for key in missing if key.what in SETTLE_EARLY]
-    crossed = [key for key in missing if key.what == "cross"]
-    rest = [key for key in missing if key not in {*settled, *drifting, *crossed}]
+    rest = [key for key in missing if key not in {*settled, *drifting}]
     say = partial(_count, progress, pass_.name) if progress is not None else None
     for keys, dataset in ((settled, few(calibration.dataset)), (rest, calibration.dataset)):
         if keys:
             origin = source if source is not None and _holds(source, keys) else model
             stats.update(_collect(origin, keys, dataset, calibration, say))
-    if crossed:
-        stats.update(_collect(model, crossed, calibration.dataset, calibration, say))
     if drifting and isinstance(pass_, Perturbs):
         current = copy(model)
         pass_.perturb(current.graph, context)
@@ -250,7 +247,6 @@ def _collect(
         threads=calibration.threads,
         progress=progress,
         client=calibration.client,
-        original=calibration.original,
     )
     calibration.notes.extend(note for note in found.notes if note not in calibration.notes)
     return dict(found.stats)

@@ -72,14 +72,13 @@ def changed(model: Model) -> Model:
 
 def gathered(client: Any = None, **options: Any) -> collect.Collected:
     """Every kind of statistic of the digits network."""
-    original, model = load(MODEL), changed(load(MODEL))
+    model = load(MODEL)
     moments = list(moments_keys(model.graph).values())[:4]
-    cross = [Key(k.tensor, "cross", k.axis, window=k.window) for k in moments]
     names = [t.name for node in model.graph.nodes for t in node.outputs]
     others = [Key(n, what) for n in names for what in ("range", "histogram", "mean", "peak")]
-    settings = {"batch": BATCH, "original": original, "client": client, **options}
+    settings = {"batch": BATCH, "client": client, **options}
     data = settings.pop("data", None) or digits()
-    return collect.collect(model, [*moments, *cross, *others], data, **settings)
+    return collect.collect(model, [*moments, *others], data, **settings)
 
 
 def assert_same(a: collect.Collected, b: collect.Collected) -> None:

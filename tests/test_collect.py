@@ -121,7 +121,7 @@ def test_a_bound_that_cannot_hold_is_named_and_the_work_done() -> None:
 def test_the_plan_does_not_depend_on_how_many_samples_there_are() -> None:
     proto, taps = to_proto(load(network())), ["r", "s"]
     few, many = (
-        plan_runs([proto], taps, KEYS, dataset(normal(n, 3, 8, 8)), room_for(3)) for n in (20, 80)
+        plan_runs(proto, taps, KEYS, dataset(normal(n, 3, 8, 8)), room_for(3)) for n in (20, 80)
     )
     assert few == replace(many, parts=few.parts)
     assert few.batch == 1
@@ -129,7 +129,7 @@ def test_the_plan_does_not_depend_on_how_many_samples_there_are() -> None:
 
 def test_memory_allows_for_larger_batches() -> None:
     proto = to_proto(load(network()))
-    plan = plan_runs([proto], ["r", "s"], [], dataset(normal(80, 3, 8, 8)))
+    plan = plan_runs(proto, ["r", "s"], [], dataset(normal(80, 3, 8, 8)))
     assert plan.batch == 64
     assert len(plan.segments) == 1
 
@@ -214,9 +214,9 @@ def unary(op: str) -> Model:
 @pytest.mark.parametrize("what", list(OBSERVERS))
 def test_nan_names_the_tensor_and_infinity_leaves_it_out(what: str) -> None:
     with pytest.raises(DataError, match="'h' holds NaN"):
-        collect(unary("Log"), [Key("h", what)], dataset(-np.abs(IMAGES) - 1), original=unary("Log"))
+        collect(unary("Log"), [Key("h", what)], dataset(-np.abs(IMAGES) - 1))
     keys = [Key("h", what), Key("x", what)]
-    found = collect(unary("Log"), keys, dataset(np.zeros_like(IMAGES)), original=unary("Log"))
+    found = collect(unary("Log"), keys, dataset(np.zeros_like(IMAGES)))
     assert set(found.stats) == {keys[1]}
     assert any("'h' holds infinite values" in note for note in found.notes)
 

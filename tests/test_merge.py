@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import onnxc
 from calib import merge
 from calib.data import Preprocess
-from calib.moments import CrossObserver, MomentsObserver
+from calib.moments import MomentsObserver
 from calib.observers import OBSERVERS, is_equal
 from calib.statistics import Made, Statistics, load, save
 from onnxc.core import Key
@@ -50,23 +50,20 @@ def image_batches() -> st.SearchStrategy[Array]:
 
 
 def empty(what: str, window: Window, block: int | None) -> Any:
-    if what in ("moments", "cross"):
+    if what == "moments":
         return OBSERVERS[what](1, window, block)
     return OBSERVERS[what](1 if what in ("mean", "peak", "zeros") else None)
 
 
 def see(observer: Any, batch: Array) -> Any:
-    if isinstance(observer, CrossObserver):
-        observer.update_pair(batch, batch[:, ::-1] + np.float32(1), len(batch))
-    else:
-        observer.update(batch, len(batch))
+    observer.update(batch, len(batch))
     if isinstance(observer, MomentsObserver):
         observer.settle()
     return observer
 
 
 def sums(observer: Any) -> list[Array]:
-    names = ("total", "products", "original", "crossed")
+    names = ("total", "products")
     return [np.asarray(getattr(observer, n)) for n in names if hasattr(observer, n)]
 
 

@@ -1,32 +1,27 @@
-"""Second moments: sums in float64, in blocks, for every heavy layer, and between two models."""
+"""Second moments: sums in float64, in blocks, for every heavy layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from texts import bind, normal
-from texts import context as context_of
 
 from calib.collect import collect
 from calib.data import Dataset, InputSpec, open_data
-from calib.moments import CrossObserver, MomentsObserver, bytes_of, widths
+from calib.moments import MomentsObserver, bytes_of, widths
 from calib.observers import is_equal
 from calib.plan import BASE, MIB, MOST_PARTS, parts
-from onnxc.core import Change, Context, Key, Skip
+from onnxc.core import Key
 from onnxc.errors import OptionError
 from onnxc.graph import load
 from onnxc.moments import moments_key, moments_keys, why_no_moments
 from onnxc.numerics.patches import Window, rows
-from onnxc.pipeline import Calibration, compress
 
 Array = NDArray[Any]
 ALL = 10**9
@@ -83,28 +78,6 @@ def test_different_rows_or_blocks_do_not_merge() -> None:
         MomentsObserver(-1).merge(MomentsObserver(1))
     with pytest.raises(OptionError, match="same --max-memory"):
         MomentsObserver(-1).merge(MomentsObserver(-1, block=8))
-
-
-def test_cross_moments_solve_for_the_weight_that_restores_the_output() -> None:
-    """With x̂ = x A, the weight W Cᵀ Ĥ⁻¹ on x̂ gives what W gives on x."""
-    x, mixing, weight = normal(400, 6), normal(6, 6, seed=1), normal(3, 6, seed=2)
-    current = x @ mixing
-    found = CrossObserver(-1)
-    found.update_pair(current, x)
-    found.settle()
-    new = weight @ found.cross[0].T @ np.linalg.inv(found.second[0])
-    np.testing.assert_allclose(current @ new.T, x @ weight.T, atol=1e-3)
-    np.testing.assert_allclose(found.original[0] / found.count, x.mean(axis=0), atol=1e-6)
-
-
-def test_cross_moments_pair_the_same_positions() -> None:
-    x, window = normal(9, 4, 12, 12), Window((3, 3), pads=(1, 1, 1, 1), groups=2)
-    found = CrossObserver(1, window)
-    for image in x:
-        found.update_pair(np.float32(0.5) * image[None], image[None])
-    found.settle()
-    np.testing.assert_allclose(found.cross, 2 * found.second, rtol=1e-12)
-    np.testing.assert_allclose(found.original, 2 * found.total, rtol=1e-12)
 
 
 def network() -> Any:
@@ -174,52 +147,6 @@ def test_why_a_layer_has_no_moments() -> None:
     assert "3 axes" in reasons["z"]
     assert "input is a constant" in reasons["k"]
     assert all(moments_key(node) is None for node in model.graph.nodes)
-
-
-def test_cross_moments_are_between_a_model_and_its_original() -> None:
-    original, current = load(network()), load(network())
-    node = current.graph.nodes[0]
-    node.inputs[1].values = node.inputs[1].values * np.float32(0.9)
-    keys = [key for n in current.graph.nodes if (key := moments_key(n, "cross")) is not None]
-    found = collect(current, keys, dataset(), original=original).stats
-    assert len(found) == 5
-    for key, factor in zip(keys[:3], (1.0, 0.9, 0.9), strict=True):
-        expected = found[key].second / factor
-        np.testing.assert_allclose(found[key].cross, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_pass_gets_cross_moments_with_the_model_that_was_prepared() -> None:
-    @dataclass(frozen=True)
-    class Sequential:
-        """Wants to know how the input of every layer differs from what it was."""
-
-        name: ClassVar[str] = "sequential"
-        lossless: ClassVar[bool] = True
-
-        def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-            keys = (moments_key(node, "cross") for node in graph.nodes)
-            return [key for key in keys if key is not None]
-
-        def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
-            halved = context.stats[moments_key(graph.nodes[1], "cross")]
-            np.testing.assert_allclose(halved.cross, 2 * halved.second, rtol=1e-4, atol=1e-5)
-            return [Skip("done", f"{len(context.stats)} layers seen")]
-
-    original, current = load(network()), load(network())
-    current.graph.nodes[0].inputs[1].values = current.graph.nodes[0].inputs[1].values / 2
-    calibration = Calibration(dataset(), original=original)
-    (step,) = compress(current, [Sequential()], context_of(current), calibration)
-    assert not step.problems
-    assert step.skips == (Skip("done", "5 layers seen"),)
-
-
-def test_cross_moments_without_an_original_are_refused() -> None:
-    model = load(network())
-    with pytest.raises(OptionError, match="need the original model"):
-        collect(model, [moments_key(model.graph.nodes[0], "cross")], dataset())  # type: ignore[list-item]
-    other = load(bind("g (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu (x) }"))
-    with pytest.raises(OptionError, match="'a' is not in the original"):
-        collect(model, [Key("a", "cross", 1)], dataset(), original=other)
 
 
 def test_memory_decides_the_blocks_and_the_report_says_so() -> None:

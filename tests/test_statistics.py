@@ -40,7 +40,7 @@ KEYS = (
     Key("x", "zeros", 1),
     Key("x", "moments", 1, window=WINDOW),
     Key("x", "moments", 1, window=Window()),
-    Key("x", "cross", 1, window=Window(groups=2)),
+    Key("x", "moments", 1, window=Window(groups=2)),
     Key("nothing was seen", "histogram"),
     Key("nor here", "moments", 1, window=Window()),
 )
@@ -48,9 +48,7 @@ KEYS = (
 
 def observed(key: Key) -> Any:
     observer: Any = observer_of(key)
-    if key.what == "cross":
-        observer.update_pair(IMAGES, IMAGES + 1, 5)
-    elif key.tensor in ("x", "y"):
+    if key.tensor in ("x", "y"):
         observer.update(IMAGES, 5)
     return observer
 
@@ -91,7 +89,7 @@ def test_every_statistic_can_be_kept() -> None:
 def test_what_came_back_goes_on_as_if_it_had_never_left(file: Path) -> None:
     for key, observer in load(file).stats.items():
         more, whole = normal(3, 4, 6, 6, seed=2), some().stats.get(key)
-        if key.what == "cross" or whole is None:
+        if whole is None:
             continue
         observer.update(more, 3)
         whole.update(more, 3)
@@ -323,8 +321,6 @@ def bad_arrays() -> Iterator[tuple[dict[str, Any], dict[str, Array], str]]:
     yield {"what": "range", "axis": 1}, {"low": np.zeros((4, 1))}, "wrong shape"
     yield {"what": "mean"}, {"total": np.zeros(())}, "wrong shape"
     yield {"what": "peak"}, {"total": -np.ones(4)}, "a peak is negative"
-    yield {"what": "cross"}, {"original": np.zeros((2, 3))}, "rows have two shapes"
-    yield {"what": "cross"}, {"crossed": np.zeros((2, 1, 3, 3))}, "products have two shapes"
 
 
 @pytest.mark.parametrize(("wanted", "arrays", "told"), list(bad_arrays()))
