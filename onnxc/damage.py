@@ -15,6 +15,7 @@ divergence of classes 2 points more than squared errors.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +39,7 @@ Outputs = list[dict[str, Array]]
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of a group's channels, at which damage is measured
 MOST = 0.75  # of a group's channels that may go
+SECONDS, FEWEST = 300.0, 8  # of measuring; samples in each run, whatever that takes
 BATCH = 16  # samples in a run, where the model takes them
 WORST = 10.0  # damage beyond which it makes no difference
 
@@ -61,9 +63,10 @@ def measure(
     samples = piece.judge
     if samples is None or not piece.has_data or is_spilling(piece.model.graph):
         return found
-    reference = outputs(piece, samples)
     counts = [_counts(one.curve) for one in found]
     total, done = sum(map(len, counts)), 0
+    samples = _affordable(piece, samples, total)
+    reference = outputs(piece, samples)
     for number, (one, some) in enumerate(zip(found, counts, strict=True)):
         errors = []
         for count in some:
@@ -73,6 +76,15 @@ def measure(
         curve = replace(one.curve, damage=through(one.curve.damage, some, errors))
         found[number] = replace(one, curve=curve)
     return found
+
+
+def _affordable(piece: Workpiece, samples: Dataset, runs: int) -> Dataset:
+    """As many of the samples as can be run so often in SECONDS, but a few."""
+    start = time.perf_counter()
+    outputs(piece, samples.subset([0]))
+    most = SECONDS / (max(runs, 1) * (time.perf_counter() - start))
+    count = min(len(samples), max(FEWEST, int(most)))
+    return samples.subset([i * len(samples) // count for i in range(min(count, len(samples)))])
 
 
 def _ranked(
