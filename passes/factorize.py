@@ -54,6 +54,12 @@ class Layer:
         return factors.shape(self.nodes[0])
 
     @property
+    def size(self) -> int:
+        """Numbers in its weight."""
+        weight = weight_of(self.nodes[0])
+        return 0 if weight is None else int(np.prod(weight.shape))
+
+    @property
     def strides(self) -> Ints:
         return factors.strides(self.nodes[0])
 
@@ -65,21 +71,23 @@ class Layer:
 
 @dataclass(frozen=True)
 class Choice:
-    """A structure with its ranks: METHOD:RANK[,RANK]."""
+    """A structure with its ranks: METHOD:RANK[xRANK]."""
 
     method: str
     ranks: Ints
 
     def __str__(self) -> str:
-        return f"{self.method}:{','.join(map(str, self.ranks))}"
+        return f"{self.method}:{'x'.join(map(str, self.ranks))}"
 
     @classmethod
     def read(cls, text: str) -> Choice:
         """Raises OptionError for text that is not one."""
         method, _, numbers = text.partition(":")
-        parts = numbers.split(",")
+        parts = numbers.split("x")
         if method not in STRUCTURES or not all(part.isdecimal() for part in parts):
-            raise OptionError(f"ranks are METHOD:RANK[,RANK], such as channel:16, not {text!r}")
+            raise OptionError(
+                f"ranks are METHOD:RANK[xRANK], such as NODE=tucker:16x24, not {text!r}"
+            )
         return cls(method, tuple(map(int, parts)))
 
 
@@ -89,8 +97,9 @@ class Factorize:
     """Replace heavy nodes by several thin ones of low rank.
 
     method: the structure; auto takes the one of the least error at the outputs of each layer.
-    macs: share of each layer's multiply-accumulates that its factors may take.
-    ranks: of which node in place of a share, as NODE=METHOD:RANK[,RANK]; separated by semicolons.
+    macs: share of each layer's multiply-accumulates that its factors may take; 0: none has factors
+    but for those in `ranks`.
+    ranks: of some layers in place of a share, as NODE=METHOD:RANK or NODE=METHOD:RANKxRANK.
     """
 
     name: ClassVar[str] = "factorize"
@@ -101,8 +110,8 @@ class Factorize:
     ranks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.macs < 1:
-            raise OptionError(f"macs is a share between 0 and 1, not {self.macs:g}")
+        if not 0 <= self.macs < 1:
+            raise OptionError(f"macs is a share from 0 to 1, not {self.macs:g}")
         self.choices  # noqa: B018 - raises where an entry cannot be read
 
     @property
@@ -112,8 +121,9 @@ class Factorize:
         return {name: Choice.read(text) for name, _, text in pairs}
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        for layer in self._chosen(layers(graph, context)):
-            yield from keys(layer)
+        for layer in self._free(layers(graph, context)):
+            if self.macs or layer.name in self.choices:
+                yield from keys(layer)
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         found = layers(graph, context)
@@ -123,29 +133,28 @@ class Factorize:
             if layer.obstacle
             for node in layer.nodes
         ]
-        for layer in self._chosen(found):
+        for layer in self._free(found):
             results += self._rewrite(graph, layer, context)
         return results
 
-    def _chosen(self, found: Sequence[Layer]) -> list[Layer]:
-        """The layers to factorize. Raises OptionError for a name of `ranks` that is none."""
+    def _free(self, found: Sequence[Layer]) -> list[Layer]:
+        """The layers that may be factorized. Raises OptionError where one of `ranks` may not."""
         free = [layer for layer in found if not layer.obstacle]
         odd = next((name for name in self.choices if name not in {x.name for x in free}), None)
         if odd is not None:
             why = next((x.obstacle for x in found if x.name == odd), "there is no such layer")
             raise OptionError(f"{odd!r} cannot be factorized: {why}")
-        return [x for x in free if x.name in self.choices] if self.ranks else free
+        return free
 
     def _rewrite(self, graph: gs.Graph, layer: Layer, context: Context) -> Iterator[Change | Skip]:
         tried = self._tried(layer, context)
         if not tried:
             yield from (Skip(node.name, self._why_none(layer)) for node in layer.nodes)
             return
-        moments = Moments.of(layer, context)
-        W = factors.tensor(layer.nodes[0])
-        made = {c: lowrank.factorize(c.method, W, moments.H, c.ranks) for c in tried}
+        fitter = Fitter.of(layer, context)
+        made = {choice: fitter.fit(choice) for choice in tried}
         best = min(made, key=lambda choice: made[choice].error)
-        yield from _put(graph, layer, best, made[best], W, moments)
+        yield from _put(graph, layer, best, made[best], fitter)
 
     def _tried(self, layer: Layer, context: Context) -> list[Choice]:
         if layer.name in self.choices:
@@ -154,11 +163,15 @@ class Factorize:
                 why = lowrank.why_not(choice.method, layer.shape) or "there is no such rank"
                 raise OptionError(f"{layer.name!r} cannot have {choice}: {why}")
             return [choice]
+        if not self.macs:
+            return []
         fixed = (layer.shape, self.macs, layer.strides, context.target.channels)
         picked = ((name, lowrank.pick(name, *fixed)) for name in layer.methods(self.method))
         return [Choice(name, ranks) for name, ranks in picked if ranks]
 
     def _why_none(self, layer: Layer) -> str:
+        if not self.macs:
+            return "stays whole: no ranks are given for it"
         names = STRUCTURES if self.method == "auto" else (self.method,)
         reasons = {lowrank.why_not(name, layer.shape) for name in names}
         if len(reasons) == 1 and (why := reasons.pop()):
@@ -167,21 +180,30 @@ class Factorize:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """H of the rows of a layer's input, None without data, and mu of each node's by its name."""
+class Fitter:
+    """What factors of a layer are fitted to: W (groups, o, c, *kernel) and the moments of its rows.
 
+    H: (groups, d, d), None without data. means: mu of each node's input, by the node's name.
+    """
+
+    W: Array
     H: Array | None
     means: dict[str, Array] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, layer: Layer, context: Context) -> Moments:
-        """Means of several nodes have the same weight each; about the mean where there is a bias."""
-        found = {node.name: context.stats.get(moments_key(node)) for node in layer.nodes}
-        if None in found.values():
-            return cls(None)
+    def of(cls, layer: Layer, context: Context) -> Fitter:
+        """Several nodes count alike; H is about the mean where there is a bias to take it up."""
+        W = factors.tensor(layer.nodes[0])
+        pairs = ((node.name, moments_key(node)) for node in layer.nodes)
+        found = {n: context.stats[k] for n, k in pairs if k is not None and k in context.stats}
+        if len(found) < len(layer.nodes):
+            return cls(W, None)
         means = {n.name: found[n.name].mean for n in layer.nodes if takes_mean(n)}
         each = [_centred(s.second, means.get(name)) for name, s in found.items()]
-        return cls(np.mean(each, axis=0), means)
+        return cls(W, np.mean(each, axis=0), means)
+
+    def fit(self, choice: Choice) -> Factors:
+        return lowrank.factorize(choice.method, self.W, self.H, choice.ranks)
 
 
 def _centred(H: Array, mean: Array | None) -> Array:
@@ -255,22 +277,32 @@ def _is_bare(node: gs.Node) -> bool:
     return row.role == "weighted" and weight_of(node) is not None and not has_bias
 
 
+def put_sketch(graph: gs.Graph, layer: Layer, choice: Choice) -> list[gs.Node]:
+    """Put layers of the right shapes in place of one, to be timed; those in front of its nodes."""
+    stages = lowrank.sketch(choice.method, layer.shape, choice.ranks)
+    constants = factors.weights(graph, layer.nodes[0], stages)
+    return [made for node in layer.nodes for made in factors.put(graph, node, stages, constants)]
+
+
 def _put(
-    graph: gs.Graph, layer: Layer, choice: Choice, made: Factors, W: Array, moments: Moments
+    graph: gs.Graph, layer: Layer, choice: Choice, made: Factors, fitter: Fitter
 ) -> Iterator[Change]:
-    first = layer.nodes[0]
+    first, W = layer.nodes[0], fitter.W
     old = weight_of(first)
     assert old is not None
-    cost = lowrank.macs(choice.method, layer.shape, choice.ranks, layer.strides)
-    data = "" if moments.H is not None else ", without data"
-    rank = " and ".join(map(str, choice.ranks))
-    what = f"{choice.method} of rank {rank}, {cost:.0%} of its MACs, error {made.error:.2%}{data}"
+    what = _told(layer, choice, made) + ("" if fitter.H is not None else ", without data")
     constants = factors.weights(graph, first, made.stages)
     sizes = nbytes(old), sum(map(nbytes, constants))
+    lost = (W - made.made).reshape(*W.shape[:2], -1)
     for number, node in enumerate(layer.nodes):
-        if node.name in moments.means:
-            lost = (W - made.made).reshape(*W.shape[:2], -1)
-            shift = np.einsum("god,gd->go", lost, moments.means[node.name]).reshape(-1)
+        if node.name in fitter.means:
+            shift = np.einsum("god,gd->go", lost, fitter.means[node.name]).reshape(-1)
             shift_bias(graph, node, shift, "factor")
         factors.put(graph, node, made.stages, constants)
         yield Change(node.name, what, *(sizes if not number else (0, 0)))
+
+
+def _told(layer: Layer, choice: Choice, made: Factors) -> str:
+    cost = lowrank.macs(choice.method, layer.shape, choice.ranks, layer.strides)
+    rank = " and ".join(map(str, choice.ranks))
+    return f"{choice.method} of rank {rank}, {cost:.0%} of its MACs, error {made.error:.2%}"

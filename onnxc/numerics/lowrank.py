@@ -35,6 +35,8 @@ SWEEPS = 4  # of alternating least squares after a closed form
 MANY_SWEEPS = 60  # where there is no closed form
 WORK = 2e10  # multiply-adds that sweeps over one layer may take
 RIDGE = 1e-7  # λ against diverging components
+LETTERS = "abcdefgh"
+FILL = 1 / 1024  # of sketched weights
 SPLITS = (2, 4, 8)  # groups of input channels
 
 
@@ -117,12 +119,24 @@ def _step(multiple: int, most: int) -> int:
 
 
 def pick(
-    method: str, shape: Ints, share: float, strides: Ints = (), multiple: int = 1
+    method: str,
+    shape: Ints,
+    share: float,
+    strides: Ints = (),
+    multiple: int = 1,
+    unit: str = "macs",
 ) -> Ints | None:
-    """The largest ranks whose layers cost at most a share of the MACs; None where there are none."""
-    costs = {r: macs(method, shape, r, strides) for r in ranks(method, shape, multiple)}
-    fitting = {r: cost for r, cost in costs.items() if cost <= share}
-    return max(fitting, key=lambda r: fitting[r], default=None)
+    """The largest ranks that cost at most a share; None where there are none.
+
+    unit: of the cost, "params" for the number of weights, anything else for MACs.
+    """
+    best: tuple[Ints | None, float] = (None, 0.0)
+    for found in ranks(method, shape, multiple):
+        is_size = unit == "params"
+        cost = parameters(method, shape, found) if is_size else macs(method, shape, found, strides)
+        if best[1] < cost <= share:
+            best = found, cost
+    return best[0]
 
 
 def macs(method: str, shape: Ints, ranks: Ints, strides: Ints = ()) -> float:
@@ -142,6 +156,13 @@ def parameters(method: str, shape: Ints, ranks: Ints) -> float:
     _, o, c, *kernel = shape
     sizes = (stage.weight.size for stage in _empty(method, shape, ranks))
     return sum(sizes) / (o * c * math.prod(kernel))
+
+
+def sketch(method: str, shape: Ints, ranks: Ints) -> tuple[Stage, ...]:
+    """The layers for weights of this shape, filled with a number: what can be timed."""
+    stages = _empty(method, shape, ranks)
+    whole = (_side_by_side([stage] * shape[0]) for stage in stages)
+    return tuple(Stage(np.full(s.weight.shape, FILL), s.axes, s.groups) for s in whole)
 
 
 def factorize(method: str, W: Floats, H: Floats | None, ranks: Ints) -> Factors:
@@ -211,23 +232,23 @@ def _principal(W: Floats, H: Floats, r: int) -> tuple[Floats, Floats]:
     U = vectors[:, ::-1][:, :r]
     sigma = np.sqrt(np.maximum(values[::-1][:r], 0))
     root = np.sqrt(np.maximum(sigma, 1e-6 * max(float(sigma[0]), 1e-30)))
-    return U * root, (U / root).T @ W
+    return np.asarray(U * root), np.asarray((U / root).T @ W)
 
 
 def _root(H: Floats) -> Floats:
     """L, L Lᵀ = H with a little on the diagonal."""
     d = len(H)
     size = float(np.trace(H)) / d
-    return np.linalg.cholesky(H + np.eye(d) * (1e-9 * size or 1.0))
+    return np.asarray(np.linalg.cholesky(H + np.eye(d) * (1e-9 * size or 1.0)))
 
 
 def _share(H: Floats, sizes: Ints, kept: Sequence[int]) -> Floats:
     """H between some axes of the rows, whose sizes are given: the trace over the others."""
     n = len(sizes)
-    rows = list(range(n))
-    columns = [n + a if a in kept else a for a in rows]
-    result = [*kept, *(n + a for a in kept)]
-    found = np.einsum(H.reshape(*sizes, *sizes), [*rows, *columns], result)
+    rows = LETTERS[:n]
+    columns = "".join(LETTERS[n + a] if a in kept else rows[a] for a in range(n))
+    result = "".join(rows[a] for a in kept) + "".join(columns[a] for a in kept)
+    found = np.einsum(f"{rows}{columns}->{result}", H.reshape(*sizes, *sizes))
     count = math.prod(sizes[a] for a in kept)
     return np.asarray(found.reshape(count, count))
 

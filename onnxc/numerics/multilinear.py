@@ -85,7 +85,7 @@ def _fitted(
     scale: float,
     steps: int,
 ) -> Floats:
-    """One factor, the others kept; the last one at once where each output has its own part of it."""
+    """One factor, the others kept; the last at once where each output has its own part of it."""
     if index == len(factors) - 1 and _is_last_alone(spec):
         return _solved_last(spec, factors, goal, H, scale)
     adjoint = _adjoint(spec, factors, index)
