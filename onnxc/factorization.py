@@ -3,37 +3,42 @@
     time the structures of each layer -> drop what is not faster -> measure the damage of the rest
     -> allocate under the budget -> factorize, reconstruct
 
-Statistics for the plan are of one half of the samples, damage is measured on the other. Ranks are
-chosen here and stand in the recipe, for times of nodes never repeat to the bit.
+Factors of the plan are fitted to one half of the samples, their damage is measured on the other.
+Ranks are chosen here and stand in the recipe, for times of nodes never repeat to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxc.bench import speedup, time_interleaved
 from onnxc.budget import macs_of
-from onnxc.core import Pass
+from onnxc.core import Change, Context, Key, Pass, Skip
 from onnxc.cost import free_dimensions
 from onnxc.damage import WORST, Judge, outputs
 from onnxc.errors import OptionError
-from onnxc.graph import copy, is_spilling
+from onnxc.graph import Model, copy, is_spilling
 from onnxc.numerics import lowrank
 from onnxc.numerics.choices import choose
+from onnxc.numerics.lowrank import Factors
 from onnxc.pipeline import few, gather
 from onnxc.profile import node_times
 from onnxc.workpiece import Workpiece
-from passes.factorize import Choice, Factorize, Fitter, Layer, Method, layers, put_sketch
+from passes.factorize import Choice, Factorize, Fitter, Layer, Method, layers, put, put_sketch
 from passes.reconstruct import Reconstruct
 
 Array = NDArray[Any]
 
 DEFAULT = 0.75  # of the MACs, where nothing is asked for
 SHARES = (0.75, 0.5, 0.3)  # of a layer's MACs, at which structures are tried
+ROUNDS = 3  # of a plan for latency, each corrected by what the last one measured
+CLOSE = 0.02  # of the latency that was asked for
 MARGIN = 0.97  # of a layer's time: what its factors may take to count as faster
 UNITS = ("macs", "params", "latency", "sqnr")
 
@@ -149,7 +154,8 @@ def _planned(settings: FactorizeSettings, piece: Workpiece) -> Factorize:
     if settings.is_plain or not free:
         return Factorize(settings.method, macs=amount if unit == "macs" else 0.0)
     options = _options(settings, piece, free)
-    chosen = _chosen(settings, piece, free, options)
+    plan = Plan(settings, piece, free, options)
+    chosen = plan.timed() if settings.wants_speed else plan.chosen(amount)
     ranks = tuple(
         f"{layer.name}={option.choice}"
         for layer, option in zip(free, chosen, strict=True)
@@ -158,27 +164,56 @@ def _planned(settings: FactorizeSettings, piece: Workpiece) -> Factorize:
     return Factorize(settings.method, macs=0.0, ranks=ranks)
 
 
-def _chosen(
-    settings: FactorizeSettings,
-    piece: Workpiece,
-    free: Sequence[Layer],
-    options: Sequence[Sequence[Option]],
-) -> list[Option]:
-    """One option of each layer."""
-    unit, amount = settings.goal
-    if settings.allocation == "uniform":
-        return [min(some[1:], key=lambda o: o.damage, default=WHOLE) for some in options]
-    sizes, rest = _sizes(unit, piece, free)
-    costs = [
-        np.array([size * o.cost(unit) for o in some])
-        for size, some in zip(sizes, options, strict=True)
-    ]
-    losses = [np.array([o.damage for o in some]) for some in options]
-    if unit == "sqnr":
-        picked = choose(losses, costs, 10 ** (-amount / 10))
-    else:
-        picked = choose(costs, losses, amount * (sum(sizes) + rest) - rest)
-    return [some[i] for some, i in zip(options, picked, strict=True)]
+@dataclass(frozen=True)
+class Plan:
+    """What may become of the layers that are free, and what is asked for."""
+
+    settings: FactorizeSettings
+    piece: Workpiece
+    free: Sequence[Layer]
+    options: Sequence[Sequence[Option]]
+
+    def chosen(self, amount: float) -> list[Option]:
+        """One option of each layer, for that much of the unit of the budget."""
+        unit, options = self.settings.goal[0], self.options
+        if self.settings.allocation == "uniform":
+            return [min(some[1:], key=lambda o: o.damage, default=WHOLE) for some in options]
+        sizes, rest = _sizes(unit, self.piece, self.free)
+        pairs = zip(sizes, options, strict=True)
+        costs = [np.array([size * o.cost(unit) for o in some]) for size, some in pairs]
+        losses = [np.array([o.damage for o in some]) for some in options]
+        if unit == "sqnr":
+            picked = choose(losses, costs, 10 ** (-amount / 10))
+        else:
+            picked = choose(costs, losses, amount * (sum(sizes) + rest) - rest)
+        return [some[i] for some, i in zip(options, picked, strict=True)]
+
+    def timed(self) -> list[Option]:
+        """The same, built and timed: corrected for latency, and nothing where it is not faster."""
+        unit, amount = self.settings.goal
+        wanted, reached, chosen = amount, 1.0, self.chosen(amount)
+        for _ in range(ROUNDS):
+            reached = self._latency(chosen)
+            if unit != "latency" or amount * (1 - 3 * CLOSE) <= reached <= amount * (1 + CLOSE):
+                break
+            wanted = min(max(wanted * amount / reached, 0.02), 1.0)
+            chosen = self.chosen(wanted)
+        if reached <= 1:
+            return chosen
+        self.piece.calibration.notes.append(
+            f"nothing is factorized: all together, the factors take {reached:.2f} of the time"
+        )
+        return [WHOLE for _ in chosen]
+
+    def _latency(self, chosen: Sequence[Option]) -> float:
+        """Latency of the model with these options over that without."""
+        if all(option.choice is None for option in chosen):
+            return 1.0
+        self.piece.say("factorize: timing the plan")
+        model, _ = _sketched(self.piece, self.free, chosen)
+        models = {"before": self.piece.model, "after": model}
+        times = time_interleaved(models, dict(self.piece.feed), self.piece.runtime, min_time=0.5)
+        return 1 / speedup(times["before"], times["after"]).median
 
 
 def _sizes(unit: str, piece: Workpiece, free: Sequence[Layer]) -> tuple[list[float], float]:
@@ -255,7 +290,16 @@ def _timed(
 
 
 def _times(piece: Workpiece, free: Sequence[Layer], some: Sequence[Option]) -> list[float]:
-    """Milliseconds of the layers with these options, with weights that mean nothing."""
+    """Milliseconds of the layers with these options."""
+    model, names = _sketched(piece, free, some)
+    times = node_times(model, piece.feed, piece.runtime)
+    return [sum(times.get(name, 0.0) for name in group) for group in names]
+
+
+def _sketched(
+    piece: Workpiece, free: Sequence[Layer], some: Sequence[Option]
+) -> tuple[Model, list[list[str]]]:
+    """A model with these options, whose weights mean nothing, and the nodes of each layer."""
     model = copy(piece.model)
     own = {layer.name: layer for layer in layers(model.graph, piece.context)}
     names: list[list[str]] = []
@@ -263,49 +307,79 @@ def _times(piece: Workpiece, free: Sequence[Layer], some: Sequence[Option]) -> l
         same = own[layer.name]
         made = [] if option.choice is None else put_sketch(model.graph, same, option.choice)
         names.append([node.name for node in (*same.nodes, *made)])
-    times = node_times(model, piece.feed, piece.runtime)
-    return [sum(times.get(name, 0.0) for name in group) for group in names]
+    return model, names
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A pass that puts factors found before in place of one layer, of the same name."""
+
+    layer: str
+    choice: Choice
+    made: Factors
+    fitter: Fitter
+    name: ClassVar[str] = "placed"
+    lossless: ClassVar[bool] = False
+
+    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
+        return ()
+
+    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+        own = next(x for x in layers(graph, context) if x.name == self.layer)
+        return list(put(graph, own, self.choice, self.made, self.fitter))
 
 
 def _judged(
     piece: Workpiece, free: Sequence[Layer], found: Sequence[Sequence[Option]]
 ) -> list[list[Option]]:
-    """Options with their damage at the outputs of the model, or at the layer without data.
+    """Options with their damage; a structure that does more for what costs no less is out.
 
-    Of each structure one rank is measured; the damage of the others goes with the layer's error.
+    Factors are fitted to one half of the samples and compared with the layer on the other. What an
+    error of a layer does to the outputs of the model is measured once for each layer.
     """
-    train, judge, stats = _halves(piece)
-    every = Factorize()
-    if train is not None:
-        calibration = replace(piece.calibration, dataset=train, known=None)
-        stats = gather(piece.model, every, piece.context, calibration, piece.say)
-    context = replace(piece.context, stats=stats)
+    train, held, judge = _halves(piece)
     total, done = sum(map(len, found)), 0
     result: list[list[Option]] = []
     for layer, some in zip(free, found, strict=True):
-        judged = [WHOLE]
-        fitter = Fitter.of(layer, context)
-        scale: dict[str, float] = {}
+        fitter, other = Fitter.of(layer, train), Fitter.of(layer, held)
+        judged: list[tuple[Option, Factors]] = []
         for option in some:
-            piece.say(f"factorize: measuring {done}/{total}")
+            piece.say(f"factorize: fitting {done}/{total}")
             done += 1
             assert option.choice is not None
-            error = fitter.fit(option.choice).error
-            method = option.choice.method
-            if judge is not None and method not in scale:
-                only = Factorize(macs=0.0, ranks=(f"{layer.name}={option.choice}",))
-                scale[method] = judge.damage(only, stats) / max(error, 1e-12)
-            judged.append(replace(option, damage=min(error * scale.get(method, 1.0), WORST)))
-        result.append(judged)
+            made = fitter.fit(option.choice)
+            judged.append((replace(option, damage=other.error(made)), made))
+        scale = 1.0
+        if judge is not None and judged:
+            scale = _scale(judge, layer, fitter, judged)
+        options = (replace(o, damage=min(o.damage * scale, WORST)) for o, _ in judged)
+        result.append([WHOLE, *options])
     return result
 
 
-def _halves(piece: Workpiece) -> tuple[Any, Judge | None, dict[Any, Any]]:
-    """Samples for statistics, a judge on others, and the statistics that are known."""
-    dataset = piece.calibration.dataset
-    known = piece.calibration.known
+def _scale(
+    judge: Judge, layer: Layer, fitter: Fitter, judged: Sequence[tuple[Option, Factors]]
+) -> float:
+    """Damage at the outputs of the model for each unit of a layer's error, where it is middling."""
+    option, made = sorted(judged, key=lambda pair: pair[0].damage)[len(judged) // 2]
+    assert option.choice is not None
+    damage = judge.damage(Placed(layer.name, option.choice, made, fitter), {})
+    return damage / option.damage if option.damage > 0 else 1.0
+
+
+def _halves(piece: Workpiece) -> tuple[Context, Context, Judge | None]:
+    """Statistics to fit factors to, those to compare them by, and a judge of damage."""
+    dataset, known = piece.calibration.dataset, piece.calibration.known
     if dataset is None or len(dataset) < 2 or is_spilling(piece.model.graph):
-        return dataset, None, {} if known is None else dict(known.stats)
-    train = dataset.subset(range(0, len(dataset), 2))
-    judge = few(dataset.subset(range(1, len(dataset), 2)))
-    return train, Judge(piece, judge, outputs(piece, judge)), {}
+        stats = {} if known is None else dict(known.stats)
+        if dataset is not None:
+            stats = gather(piece.model, Factorize(), piece.context, piece.calibration, piece.say)
+        context = replace(piece.context, stats=stats)
+        return context, context, None
+    contexts, halves = [], [dataset.subset(slice(start, None, 2)) for start in range(2)]
+    for half in halves:
+        calibration = replace(piece.calibration, dataset=half, known=None)
+        stats = gather(piece.model, Factorize(), piece.context, calibration, piece.say)
+        contexts.append(replace(piece.context, stats=stats))
+    samples = few(halves[1])
+    return contexts[0], contexts[1], Judge(piece, samples, outputs(piece, samples))

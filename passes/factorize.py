@@ -154,7 +154,7 @@ class Factorize:
         fitter = Fitter.of(layer, context)
         made = {choice: fitter.fit(choice) for choice in tried}
         best = min(made, key=lambda choice: made[choice].error)
-        yield from _put(graph, layer, best, made[best], fitter)
+        yield from put(graph, layer, best, made[best], fitter)
 
     def _tried(self, layer: Layer, context: Context) -> list[Choice]:
         if layer.name in self.choices:
@@ -204,6 +204,10 @@ class Fitter:
 
     def fit(self, choice: Choice) -> Factors:
         return lowrank.factorize(choice.method, self.W, self.H, choice.ranks)
+
+    def error(self, made: Factors) -> float:
+        """E‖(W − Ŵ) x‖² / E‖W x‖² with these moments."""
+        return lowrank.relative_error(self.W, made.made, self.H)
 
 
 def _centred(H: Array, mean: Array | None) -> Array:
@@ -284,9 +288,10 @@ def put_sketch(graph: gs.Graph, layer: Layer, choice: Choice) -> list[gs.Node]:
     return [made for node in layer.nodes for made in factors.put(graph, node, stages, constants)]
 
 
-def _put(
+def put(
     graph: gs.Graph, layer: Layer, choice: Choice, made: Factors, fitter: Fitter
 ) -> Iterator[Change]:
+    """Put factors in place of a layer of a graph, with biases for what they lose on average."""
     first, W = layer.nodes[0], fitter.W
     old = weight_of(first)
     assert old is not None

@@ -32,7 +32,7 @@ from onnxc.numerics.multilinear import STEPS, Floats, compose, error, refine
 Ints = tuple[int, ...]
 
 SWEEPS = 4  # of alternating least squares after a closed form
-MANY_SWEEPS = 60  # where there is no closed form
+MANY_SWEEPS = 20  # where there is no closed form
 WORK = 2e10  # multiply-adds that sweeps over one layer may take
 RIDGE = 1e-7  # λ against diverging components
 LETTERS = "abcdefgh"
@@ -170,17 +170,25 @@ def factorize(method: str, W: Floats, H: Floats | None, ranks: Ints) -> Factors:
 
     H: (groups, d, d) of the rows that W multiplies, d = c · kernel; None without data.
     """
-    g, o, d = len(W), W.shape[1], math.prod(W.shape[2:])
-    metric = np.broadcast_to(np.eye(d), (g, d, d)) if H is None else H
-    each = [_factors(method, W[i], metric[i], ranks) for i in range(g)]
+    metric = _metric(W, H)
+    each = [_factors(method, w, h, ranks) for w, h in zip(W, metric, strict=True)]
     kernel = tuple(W.shape[3:])
     stages = [STRUCTURES[method].stages(factors, kernel) for factors, _ in each]
     made = np.stack([made for _, made in each])
-    pairs = [(error((W - made)[i], metric[i]), error(W[i], metric[i])) for i in range(g)]
-    lost, power = (sum(values) for values in zip(*pairs, strict=True))
-    share = lost / power if power > 0 else 0.0
-    assert made.shape[:2] == (g, o)
-    return Factors(tuple(map(_side_by_side, zip(*stages, strict=True))), made, share)
+    lost = relative_error(W, made, H)
+    return Factors(tuple(map(_side_by_side, zip(*stages, strict=True))), made, lost)
+
+
+def relative_error(W: Floats, made: Floats, H: Floats | None) -> float:
+    """E‖(W − Ŵ) x‖² / E‖W x‖²; 0 where W gives nothing."""
+    triples = list(zip(W, made, _metric(W, H), strict=True))
+    power = sum(error(w, h) for w, _, h in triples)
+    return sum(error(w - m, h) for w, m, h in triples) / power if power > 0 else 0.0
+
+
+def _metric(W: Floats, H: Floats | None) -> Floats:
+    d = math.prod(W.shape[2:])
+    return np.broadcast_to(np.eye(d), (len(W), d, d)) if H is None else H
 
 
 def _factors(method: str, W: Floats, H: Floats, ranks: Ints) -> tuple[Sequence[Floats], Floats]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Operator = Callable[[Floats], Floats]
 
-STEPS = 12  # of conjugate gradients for a factor, each time it has its turn
+STEPS = 8  # of conjugate gradients for a factor, each time it has its turn
 CLOSE = 1e-8  # ‖residual‖ / ‖right side‖ at which they end
 RANK = 1e-12  # relative: directions of the features that count as none
 SETTLED = 1e-4  # relative fall of the error in a sweep below which sweeps end
@@ -37,7 +38,19 @@ SETTLED = 1e-4  # relative fall of the error in a sweep below which sweeps end
 
 def compose(spec: str, factors: Sequence[NDArray[Any]]) -> Floats:
     """Ŵ of some factors."""
-    return np.asarray(np.einsum(spec, *factors, optimize=True))
+    return _sum(spec, *factors)
+
+
+@lru_cache(maxsize=1024)
+def _path(spec: str, shapes: tuple[tuple[int, ...], ...]) -> list[Any]:
+    """The order of contractions, which takes longer to find than to follow."""
+    zeros = [np.broadcast_to(np.float64(0), shape) for shape in shapes]
+    return list(np.einsum_path(spec, *zeros, optimize="optimal")[0])
+
+
+def _sum(spec: str, *arrays: NDArray[Any]) -> Floats:
+    path = _path(spec, tuple(array.shape for array in arrays))
+    return np.asarray(np.einsum(spec, *arrays, optimize=path))
 
 
 def error(D: Floats, H: Floats) -> float:
@@ -104,7 +117,7 @@ def _adjoint(spec: str, factors: Sequence[Floats], index: int) -> Operator:
     others = [*letters[:index], *letters[index + 1 :]]
     kept = [*factors[:index], *factors[index + 1 :]]
     back = ",".join((result, *others)) + "->" + letters[index]
-    return lambda D: np.asarray(np.einsum(back, D, *kept, optimize=True))
+    return lambda D: _sum(back, D, *kept)
 
 
 def _solved(normal: Operator, right: Floats, start: Floats, steps: int) -> Floats:
