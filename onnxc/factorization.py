@@ -37,7 +37,7 @@ Array = NDArray[Any]
 
 DEFAULT = 0.75  # of the MACs, where nothing is asked for
 SHARES = (0.75, 0.5, 0.3)  # of a layer's MACs, at which structures are tried
-ROUNDS = 3  # of a plan for latency, each corrected by what the last one measured
+ROUNDS = 5  # of a plan for latency, each corrected by what the last one measured
 CLOSE = 0.02  # of the latency that was asked for
 MARGIN = 0.97  # of a layer's time: what its factors may take to count as faster
 UNITS = ("macs", "params", "latency", "sqnr")

@@ -159,8 +159,9 @@ class Factorize:
     def _tried(self, layer: Layer, context: Context) -> list[Choice]:
         if layer.name in self.choices:
             choice = self.choices[layer.name]
-            if choice.ranks not in lowrank.ranks(choice.method, layer.shape):
-                why = lowrank.why_not(choice.method, layer.shape) or "there is no such rank"
+            why = lowrank.why_not(choice.method, layer.shape)
+            if why or not lowrank.has_ranks(choice.method, layer.shape, choice.ranks):
+                why = why or "its shape has no such ranks"
                 raise OptionError(f"{layer.name!r} cannot have {choice}: {why}")
             return [choice]
         if not self.macs:

@@ -94,7 +94,7 @@ def why_not(method: str, shape: Ints) -> str:
         return f"{method} is for kernels, and it has none"
     if not row.kernel and wide:
         return f"{method} is for matrices, and it has a kernel"
-    if row.parts > wide:
+    if row.kernel and row.parts > wide:
         return f"{method} splits a kernel of two axes or more, and it has one"
     return "" if ranks(method, shape) else f"{method} has no rank for its shape"
 
@@ -111,6 +111,15 @@ def ranks(method: str, shape: Ints, multiple: int = 1) -> list[Ints]:
     steps = [_step(multiple, found[-1][i]) if i in row.counts else 1 for i in range(len(found[-1]))]
     whole = (tuple(max(n - n % s, s) for n, s in zip(r, steps, strict=True)) for r in found)
     return list(dict.fromkeys(whole))
+
+
+def has_ranks(method: str, shape: Ints, wanted: Ints) -> bool:
+    """Whether a structure that is for weights of this shape may have these ranks."""
+    found = ranks(method, shape)
+    if len(wanted) != len(found[-1]) or (len(wanted) > 1 and not STRUCTURES[method].counts):
+        return wanted in found  # numbers of groups, which divide channels
+    most = (max(r[i] for r in found) for i in range(len(wanted)))
+    return all(1 <= n <= top for n, top in zip(wanted, most, strict=True))
 
 
 def _step(multiple: int, most: int) -> int:
