@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from onnxc.bench import speedup, time_interleaved
 from onnxc.budget import macs_of
@@ -241,7 +242,8 @@ def _options(
     found = [_tried(settings.method, layer, shares, unit, multiple) for layer in free]
     if settings.wants_speed and free:
         found = _timed(piece, free, found)
-    return _judged(piece, free, found)
+    with threadpool_limits(1, user_api="blas"):  # matrices are small: threads only wait
+        return _judged(piece, free, found)
 
 
 def _tried(

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from onnxc import factors
 from onnxc.biases import has_place, shift_bias
@@ -64,8 +65,10 @@ class Layer:
         return factors.strides(self.nodes[0])
 
     def methods(self, method: str) -> list[str]:
-        """The structures that are for it, of one or of all."""
-        wanted = STRUCTURES if method == "auto" else (method,)
+        """The structures that are for it, of one or of all that are found in little time."""
+        wanted = [method]
+        if method == "auto":
+            wanted = [name for name in STRUCTURES if lowrank.is_quick(name, self.shape)]
         return [name for name in wanted if not lowrank.why_not(name, self.shape)]
 
 
@@ -133,8 +136,9 @@ class Factorize:
             if layer.obstacle
             for node in layer.nodes
         ]
-        for layer in self._free(found):
-            results += self._rewrite(graph, layer, context)
+        with threadpool_limits(1, user_api="blas"):  # matrices are small: threads only wait
+            for layer in self._free(found):
+                results += self._rewrite(graph, layer, context)
         return results
 
     def _free(self, found: Sequence[Layer]) -> list[Layer]:

@@ -33,7 +33,7 @@ Ints = tuple[int, ...]
 
 SWEEPS = 4  # of alternating least squares after a closed form
 MANY_SWEEPS = 20  # where there is no closed form
-WORK = 2e10  # multiply-adds that sweeps over one layer may take
+WORK = 4e9  # multiply-adds that sweeps over one layer may take
 RIDGE = 1e-7  # λ against diverging components
 LETTERS = "abcdefgh"
 FILL = 1 / 1024  # of sketched weights
@@ -97,6 +97,13 @@ def why_not(method: str, shape: Ints) -> str:
     if row.kernel and row.parts > wide:
         return f"{method} splits a kernel of two axes or more, and it has one"
     return "" if ranks(method, shape) else f"{method} has no rank for its shape"
+
+
+def is_quick(method: str, shape: Ints) -> bool:
+    """Whether there is a closed form to start from, or the layer is small enough without one."""
+    _, o, *rest = shape
+    once = 2.0 * o * math.prod(rest) ** 2 * STEPS
+    return STRUCTURES[method].sweeps <= SWEEPS or once * MANY_SWEEPS <= WORK
 
 
 def ranks(method: str, shape: Ints, multiple: int = 1) -> list[Ints]:
