@@ -379,3 +379,16 @@ def test_refitting_the_last_factor_helps() -> None:
     compress(plain, (pass_,), context(plain), calibration)
     compress(refit, (pass_, Reconstruct()), context(refit), calibration)
     assert damage(refit) < damage(plain)
+
+
+def test_few_samples_do_not_mislead() -> None:
+    """Three samples tell little of 72 inputs: what they leave out counts too."""
+    pass_, model = Factorize("channel", macs=0.5), load(NETWORK)
+    infer(model)
+    data = open_data({"x": images(3)}, [InputSpec("x", np.dtype(np.float32), ("N", 8, 10, 10))])
+    keys = list(pass_.wants(model.graph, context(model)))
+    stats = dict(collect(model, keys, data, threads=1).stats)
+    blind = load(NETWORK)
+    pass_.apply(blind.graph, context(blind))
+    pass_.apply(model.graph, replace(context(model), stats=stats))
+    assert damage(model) < damage(blind)
