@@ -48,13 +48,14 @@ from onnxc.request import (
 )
 from onnxc.runtime import Runtime
 from onnxc.search import untimed
-from onnxc.tasks import PRUNE, QUANTIZE, SPARSIFY, Task
+from onnxc.tasks import FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 from onnxc.vectors import write_vectors
 
 __all__ = [
     "QuantizeSettings",
     "benchmark",
     "calibrate",
+    "factorize",
     "inspect",
     "load",
     "merge_statistics",
@@ -95,6 +96,14 @@ def prune(model: ModelPath, **request: Any) -> Report:
     Takes and raises what `quantize` does, with the fields of `PruneSettings` as settings.
     """
     return write(PRUNE, asked(PRUNE, model, request))
+
+
+def factorize(model: ModelPath, **request: Any) -> Report:
+    """Replace layers of a model by thinner ones of low rank, and prove it.
+
+    Takes and raises what `quantize` does, with the fields of `FactorizeSettings` as settings.
+    """
+    return write(FACTORIZE, asked(FACTORIZE, model, request))
 
 
 def write(task: Task, request: Request) -> Report:

@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
 from onnxc.report import Report
-from onnxc.tasks import PRUNE, QUANTIZE, SPARSIFY, Task
+from onnxc.tasks import FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 
 ModelArgument = click.Path(path_type=Path)
 Render = Callable[[Any], RenderableType]
@@ -150,6 +150,16 @@ def sparsify(context: click.Context, /, **settings: Any) -> int:
 def prune(context: click.Context, /, **settings: Any) -> int:
     """Take out the filters that the outputs of MODEL miss least, and prove it."""
     return _write(PRUNE, api.prune, context, settings)
+
+
+@onnxc.command(
+    cls=Example,
+    example="onnxc factorize model.onnx --data calib/ --latency 0.7 -o model.factorized.onnx",
+)
+@writing(FACTORIZE)
+def factorize(context: click.Context, /, **settings: Any) -> int:
+    """Replace layers of MODEL by thinner ones of low rank, and prove it."""
+    return _write(FACTORIZE, api.factorize, context, settings)
 
 
 def _write(

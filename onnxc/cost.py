@@ -100,6 +100,11 @@ def inspect(source: str | Path | bytes | onnx.ModelProto | Model) -> Inspection:
     )
 
 
+def macs_by_node(model: Model) -> dict[str, float]:
+    """Multiply-accumulates of each heavy node; 0 where shapes are known only at run time."""
+    return {node.name: float(node.macs or 0) for node in inspect(model).heavy}
+
+
 def bytes_by_type(graph: gs.Graph) -> dict[str, int]:
     """Bytes of the constants by element type, the largest first."""
     total: Counter[str] = Counter()

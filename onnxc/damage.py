@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from calib.data import Dataset
 from calib.inputs import fixed_batch
-from onnxc.core import Key
+from onnxc.core import Key, Pass
 from onnxc.criteria import View, rank
 from onnxc.errors import ModelError
 from onnxc.graph import copy, is_spilling, runnable
@@ -52,6 +52,25 @@ class Measured:
     curve: Curve
 
 
+@dataclass(frozen=True)
+class Judge:
+    """What tells the damage that a pass does to a model. reference: its outputs for the samples."""
+
+    piece: Workpiece
+    samples: Dataset
+    reference: Outputs
+
+    def damage(self, pass_: Pass, stats: Mapping[Key, Any]) -> float:
+        """D of the model that a pass makes with these statistics; at most WORST."""
+        changed = copy(self.piece.model)
+        pass_.apply(changed.graph, replace(self.piece.context, stats=stats))
+        try:
+            made = outputs(replace(self.piece, model=changed), self.samples)
+        except ModelError:
+            return WORST
+        return min(_distance(self.reference, made), WORST)
+
+
 def measure(
     piece: Workpiece, prune: Prune, parts: Sequence[Part], stats: Mapping[Key, Any], multiple: int
 ) -> list[Measured]:
@@ -66,12 +85,13 @@ def measure(
     counts = [_counts(one.curve) for one in found]
     total, done = sum(map(len, counts)), 0
     samples = _affordable(piece, samples, total)
-    reference = outputs(piece, samples)
+    judge = Judge(piece, samples, outputs(piece, samples))
     for number, (one, some) in enumerate(zip(found, counts, strict=True)):
         errors = []
         for count in some:
             piece.say(f"prune: measuring {done}/{total}")
-            errors.append(_error(piece, prune, one.part, count, stats, samples, reference))
+            only = replace(prune, remove=(f"{one.part.name}={count}",))
+            errors.append(judge.damage(only, stats))
             done += 1
         curve = replace(one.curve, damage=through(one.curve.damage, some, errors))
         found[number] = replace(one, curve=curve)
@@ -108,26 +128,6 @@ def _counts(curve: Curve) -> list[int]:
         return []
     wanted = (allowed[np.argmin(np.abs(allowed - share * curve.classes))] for share in SHARES)
     return sorted({int(k) for k in wanted})
-
-
-def _error(
-    piece: Workpiece,
-    prune: Prune,
-    part: Part,
-    count: int,
-    stats: Mapping[Key, Any],
-    samples: Dataset,
-    reference: Outputs,
-) -> float:
-    """D(count) of a group."""
-    less = copy(piece.model)
-    only = replace(prune, remove=(f"{part.name}={count}",))
-    only.apply(less.graph, replace(piece.context, stats=stats))
-    try:
-        made = outputs(replace(piece, model=less), samples)
-    except ModelError:
-        return WORST
-    return min(_distance(reference, made), WORST)
 
 
 def outputs(piece: Workpiece, samples: Dataset) -> Outputs:

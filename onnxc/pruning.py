@@ -19,7 +19,7 @@ from onnxc.bench import speedup, time_interleaved
 from onnxc.budget import Budget, budget
 from onnxc.channels import find_channels
 from onnxc.core import Pass
-from onnxc.cost import inspect
+from onnxc.cost import macs_by_node
 from onnxc.criteria import Name
 from onnxc.damage import Measured, measure
 from onnxc.errors import OptionError
@@ -136,8 +136,7 @@ def _budget(what: str, piece: Workpiece, free: Sequence[Part]) -> Budget:
         counts = np.hstack([np.diag(np.ones(len(groups))), np.zeros((len(groups), 1))])
         return Budget(sizes, rows, counts, sizes, 0.0)
     if what == "MACs":
-        costs = {node.name: float(node.macs or 0) for node in inspect(piece.model).heavy}
-        return budget(graph, channels, groups, costs)
+        return budget(graph, channels, groups, macs_by_node(piece.model))
     piece.say("prune: timing layers")
     times = node_times(piece.model, piece.feed, piece.runtime)
     return budget(graph, channels, groups, times, piece.context.target.channels)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from onnxc import pruning, quantization, sparsification
+from onnxc import factorization, pruning, quantization, sparsification
 from onnxc.core import Pass
+from onnxc.factorization import FactorizeSettings
 from onnxc.pruning import PruneSettings
 from onnxc.quantization import QuantizeSettings
 from onnxc.report import Aim
@@ -65,3 +66,4 @@ QUANTIZE = Task(
 )
 SPARSIFY = Task(Aim("sparsify", "made sparse", "zeros"), SparsifySettings, sparsification.ways)
 PRUNE = Task(Aim("prune", "pruned"), PruneSettings, pruning.ways, missed=pruning.missed)
+FACTORIZE = Task(Aim("factorize", "factorized"), FactorizeSettings, factorization.ways)

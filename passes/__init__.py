@@ -5,6 +5,7 @@ from passes.drop_identity import DropIdentity
 from passes.drop_zero_states import DropZeroStates
 from passes.equalize import Equalize
 from passes.expand_broadcasts import ExpandBroadcasts
+from passes.factorize import Factorize
 from passes.fold_constants import FoldConstants
 from passes.fold_norm import FoldNorm
 from passes.merge_bias import MergeBias
@@ -27,6 +28,7 @@ __all__ = [
     "DropZeroStates",
     "Equalize",
     "ExpandBroadcasts",
+    "Factorize",
     "FoldConstants",
     "FoldNorm",
     "MergeBias",

@@ -1,0 +1,184 @@
+"""Put several layers in the place of one heavy node, which becomes the last of them.
+
+    Conv            convolutions; each spatial axis is strided and padded where its kernel is wide
+    Gemm, MatMul    products
+    LSTM, GRU       a MatMul in front, for the weight of the input: W x = B (A x)
+
+The node keeps its name, its bias and its output, so that what comes behind it does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxc.edit import fresh, insert, store, values
+from onnxc.moments import matrix
+from onnxc.numerics.lowrank import Stage
+from onnxc.ops import groups, knowledge, weight_of
+
+Array = NDArray[Any]
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What is known of an operator that may become several.
+
+    tensor: its weight as W (groups, o, c, *kernel). op: of the layers in front. front, last: the
+    attributes of a layer in front (its number, first 0) and of the node itself. weight: the array
+    of a stage, for a layer in front or, given the shape of the old weight, for the node itself.
+    """
+
+    tensor: Callable[[gs.Node, Array], Array]
+    op: str
+    front: Callable[[gs.Node, Stage, int], dict[str, Any]]
+    last: Callable[[gs.Node, Stage], dict[str, Any]]
+    weight: Callable[[gs.Node, Array, Ints | None], Array]
+
+
+def is_chainable(node: gs.Node) -> bool:
+    """Whether a node's operator may become several in a row."""
+    return not node.domain and node.op in CHAINS and weight_of(node) is not None
+
+
+def tensor(node: gs.Node) -> Array:
+    """The weight of a node as W (groups, o, c, *kernel), float64."""
+    weight = weight_of(node)
+    assert weight is not None
+    return CHAINS[node.op].tensor(node, values(weight).astype(np.float64))
+
+
+def shape(node: gs.Node) -> Ints:
+    """The shape of `tensor`, without reading the weight."""
+    weight = weight_of(node)
+    assert weight is not None
+    view = np.broadcast_to(np.float32(0), tuple(weight.shape))
+    return CHAINS[node.op].tensor(node, view).shape
+
+
+def strides(node: gs.Node) -> Ints:
+    """Of the node's spatial axes; empty where there are none, or all are 1."""
+    return tuple(map(int, node.attrs.get("strides", ())))
+
+
+def layout(node: gs.Node) -> tuple[str, int | None]:
+    """Nodes of one layout and weight have the same factors."""
+    row = knowledge(node)
+    kind = CHAINS[node.op].op if row.out_axis is None else "matrix"
+    return kind, row.out_axis(node) if row.out_axis else None
+
+
+def weights(graph: gs.Graph, node: gs.Node, stages: Sequence[Stage]) -> list[gs.Constant]:
+    """The constants of the layers, named after the node's weight."""
+    old = weight_of(node)
+    assert old is not None
+    chain, made = CHAINS[node.op], []
+    for number, stage in enumerate(stages, 1):
+        shape = tuple(old.shape) if number == len(stages) else None
+        array = chain.weight(node, stage.weight, shape).astype(old.dtype)
+        made.append(store(graph, fresh(graph, f"{old.name}_factor{number}"), array))
+    return made
+
+
+def put(
+    graph: gs.Graph, node: gs.Node, stages: Sequence[Stage], constants: Sequence[gs.Constant]
+) -> list[gs.Node]:
+    """Put layers with these weights in front of a node, which becomes the last; those in front."""
+    chain, position = CHAINS[node.op], knowledge(node).weight
+    x, dtype = node.inputs[0], constants[0].dtype
+    made: list[gs.Node] = []
+    for number, (stage, weight) in enumerate(zip(stages[:-1], constants, strict=False)):
+        stem = f"{node.outputs[0].name or node.name}_factor{number + 1}"
+        y = gs.Variable(fresh(graph, stem), dtype=dtype)
+        name = fresh(graph, f"{node.name}_factor{number + 1}")
+        attrs = chain.front(node, stage, number)
+        made.append(gs.Node(chain.op, name, attrs, [x, weight], [y]))
+        x = y
+    node.attrs.update(chain.last(node, stages[-1]))
+    node.inputs[0], node.inputs[position] = x, constants[-1]
+    insert(graph, before={node.name: made})
+    return made
+
+
+def _moving(node: gs.Node, stage: Stage) -> dict[str, Any]:
+    """Attributes of a convolution that moves along the axes of a stage as the node did."""
+    rank = stage.weight.ndim - 2
+    attrs = node.attrs
+
+    def along(name: str, other: int) -> list[int]:
+        given = list(attrs.get(name) or [other] * rank)
+        return [int(given[a]) if a in stage.axes else other for a in range(rank)]
+
+    pads = list(attrs.get("pads") or [0] * (2 * rank))
+    kept = {key: attrs[key] for key in ("auto_pad",) if attrs.get(key, "NOTSET") != "NOTSET"}
+    if not kept:
+        kept = {"pads": [int(p) if i % rank in stage.axes else 0 for i, p in enumerate(pads)]}
+    return {
+        "kernel_shape": list(stage.weight.shape[2:]),
+        "strides": along("strides", 1),
+        "dilations": along("dilations", 1),
+        "group": stage.groups,
+        **kept,
+    }
+
+
+def _conv_tensor(node: gs.Node, weight: Array) -> Array:
+    g = groups(node)
+    return weight.reshape(g, weight.shape[0] // g, *weight.shape[1:])
+
+
+def _recurrent_weight(node: gs.Node, weight: Array, shape: Ints | None) -> Array:
+    return weight.T if shape is None else weight.reshape(*shape[:2], -1)
+
+
+def _is_transposed(node: gs.Node) -> bool:
+    out_axis = knowledge(node).out_axis
+    return out_axis is not None and out_axis(node) != 0
+
+
+def _product_weight(node: gs.Node, weight: Array, shape: Ints | None) -> Array:
+    return np.ascontiguousarray(weight.T if _is_transposed(node) else weight)
+
+
+CHAINS: Mapping[str, Chain] = {
+    "Conv": Chain(
+        _conv_tensor,
+        "Conv",
+        front=lambda node, stage, number: _moving(node, stage),
+        last=_moving,
+        weight=lambda node, weight, shape: weight,
+    ),
+    "Gemm": Chain(
+        matrix,
+        "Gemm",
+        front=lambda node, stage, number: {
+            "transB": int(not _is_transposed(node)),
+            **({"transA": 1} if not number and node.attrs.get("transA", 0) else {}),
+        },
+        last=lambda node, stage: {"transA": 0} if node.attrs.get("transA", 0) else {},
+        weight=_product_weight,
+    ),
+    "MatMul": Chain(
+        matrix,
+        "MatMul",
+        front=lambda node, stage, number: {},
+        last=lambda node, stage: {},
+        weight=_product_weight,
+    ),
+    **dict.fromkeys(
+        ("LSTM", "GRU"),
+        Chain(
+            lambda node, weight: weight.reshape(1, -1, weight.shape[-1]),
+            "MatMul",
+            front=lambda node, stage, number: {},
+            last=lambda node, stage: {},
+            weight=_recurrent_weight,
+        ),
+    ),
+}

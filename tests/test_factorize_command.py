@@ -1,0 +1,85 @@
+"""`onnxc factorize` from a model file to the written, proven one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import onnxc
+from onnxc.cli import run
+from onnxc.errors import OptionError
+from onnxc.factorization import FactorizeSettings
+from onnxc.recipe import loads
+from passes.factorize import Factorize
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+TOKENS, TOKEN_DATA = MODELS / "digits_transformer.onnx", MODELS / "digits_transformer_calib.npz"
+ARGUMENTS = ("factorize", TOKENS, "--data", TOKEN_DATA, "--samples", 40)
+
+
+@pytest.fixture(autouse=True)
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def report_of(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> dict[str, Any]:
+    assert run([*map(str, arguments), "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--macs", 0.8, "--no-faster"],
+        ["--params", 0.8, "--no-faster"],
+        ["--sqnr", 20, "--no-faster"],
+        ["--macs", 0.9, "--allocation", "uniform", "--method", "svd"],
+    ],
+)
+def test_layers_are_factorized_and_the_recipe_replays_it(extra: list[Any], capsys: Any) -> None:
+    found = report_of(capsys, *ARGUMENTS, "-o", "1.onnx", *extra)
+    assert found["count"] and found["comparison"]["sqnr"] > 5
+    Path("r.toml").write_text(found["recipe"])
+    report_of(capsys, "factorize", TOKENS, "--recipe", "r.toml", "-o", "2.onnx")
+    assert Path("1.onnx").read_bytes() == Path("2.onnx").read_bytes()
+    assert [p.name for p in loads(found["recipe"]).passes] == ["factorize", "reconstruct"]
+
+
+def test_what_is_not_faster_stays(capsys: Any) -> None:
+    found = report_of(capsys, *ARGUMENTS, "-o", "o.onnx", "--macs", 0.8)
+    (first, _) = loads(found["recipe"]).passes
+    assert isinstance(first, Factorize)
+    assert len(first.ranks) == found["count"]
+
+
+def test_ranks_may_be_given(capsys: Any) -> None:
+    nodes = [n for n in onnxc.load(TOKENS).graph.nodes if n.op in ("MatMul", "Gemm")]
+    name = next(n.name for n in nodes if len(n.inputs[1].shape) == 2 and min(n.inputs[1].shape) > 9)
+    found = report_of(capsys, *ARGUMENTS, "-o", "o.onnx", "--ranks", f"{name}=svd:8")
+    assert found["count"] == 1
+    assert next(c["node"] for c in found["changes"] if "svd of rank 8" in c["what"]) == name
+
+
+def test_without_data_it_is_said(capsys: Any) -> None:
+    arguments = ("factorize", TOKENS, "--macs", 0.8, "--method", "svd", "-o", "o.onnx")
+    found = report_of(capsys, *arguments)
+    assert found["count"] or found["notes"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"macs": 0.5, "sqnr": 20.0}, "give one of"),
+        ({"params": 1.5}, "share between 0 and 1"),
+        ({"latency": 0.5, "allocation": "uniform"}, "uniform allocation"),
+        ({"ranks": ("a=b",)}, "METHOD:RANK"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        FactorizeSettings(**settings)
