@@ -221,7 +221,7 @@ def _shrunk(H: Array, rows: int) -> Array:
     d = H.shape[1]
     share = d / (d + SEEN * rows)
     power = np.trace(H, axis1=1, axis2=2)[:, None, None] / d
-    return (1 - share) * H + share * power * np.eye(d)
+    return np.asarray((1 - share) * H + share * power * np.eye(d))
 
 
 def _centred(H: Array, mean: Array | None) -> Array:
