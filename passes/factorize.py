@@ -4,7 +4,9 @@
 
 with Ŵ of one of the structures of `onnxc.numerics.lowrank`, so that E‖(W − Ŵ)(x − mu)‖² is small,
 H and mu being the moments of the rows x. A node without a place for a bias has H about zero. What
-stands behind the node, an activation among it, stays as it is.
+stands behind the node, an activation among it, stays as it is. Where n rows are few, H is shrunk:
+
+    H <- (1 − s) H + s tr(H)/d I,      s = d / (d + 4 n)
 
 Zhang 2016 ("Accelerating very deep convolutional networks") fits the factors to the original's
 outputs on the inputs of the compressed network; that is what `reconstruct` does to the last one.
