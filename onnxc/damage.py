@@ -131,11 +131,15 @@ def _counts(curve: Curve) -> list[int]:
 
 
 def outputs(piece: Workpiece, samples: Dataset) -> Outputs:
-    """What a model gives for samples, batch by batch."""
-    size = 1 if fixed_batch(samples.inputs, samples.source.axes) else BATCH
+    """What a model gives for samples, batch by batch; one by one where it takes no batches."""
     with runnable(piece.model) as source:
         opened = session(source, replace(piece.runtime, threads=piece.calibration.threads))
-    return [run(opened, feed) for feed in samples.batches(size)]
+    if not fixed_batch(samples.inputs, samples.source.axes):
+        try:
+            return [run(opened, feed) for feed in samples.batches(BATCH)]
+        except ModelError:  # a first state for one sample, or the like
+            pass
+    return [run(opened, feed) for feed in samples.batches(1)]
 
 
 def _distance(reference: Outputs, made: Outputs) -> float:
