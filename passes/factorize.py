@@ -30,6 +30,7 @@ from onnxc.errors import OptionError
 from onnxc.graph import nbytes
 from onnxc.moments import moments_key, why_no_moments
 from onnxc.numerics import lowrank
+from onnxc.numerics.covariance import centred, shrunk
 from onnxc.numerics.lowrank import STRUCTURES, Factors
 from onnxc.ops import knowledge, weight_of
 
@@ -37,7 +38,6 @@ Array = NDArray[Any]
 Ints = tuple[int, ...]
 Method = Literal["auto", "svd", "channel", "spatial", "tucker", "cp", "depthwise", "grouped"]
 
-SEEN = 4  # rows that an input's share of its own is worth, when H is shrunk towards none
 WIDEST = 4608  # inputs of a layer: H takes a few copies of 8 bytes times its square
 
 
@@ -207,7 +207,7 @@ class Fitter:
         if len(found) < len(layer.nodes):
             return cls(W, None)
         means = {n.name: found[n.name].mean for n in layer.nodes if takes_mean(n)}
-        each = [_shrunk(_centred(s.second, means.get(n)), s.count) for n, s in found.items()]
+        each = [shrunk(centred(s.second, means.get(n)), s.count) for n, s in found.items()]
         return cls(W, np.mean(each, axis=0), means)
 
     def fit(self, choice: Choice) -> Factors:
@@ -216,18 +216,6 @@ class Fitter:
     def error(self, made: Factors) -> float:
         """E‖(W − Ŵ) x‖² / E‖W x‖² with these moments."""
         return lowrank.relative_error(self.W, made.made, self.H)
-
-
-def _shrunk(H: Array, rows: int) -> Array:
-    """H (groups, d, d) with a share of what is not seen, for inputs that few rows say little of."""
-    d = H.shape[1]
-    share = d / (d + SEEN * rows)
-    power = np.trace(H, axis1=1, axis2=2)[:, None, None] / d
-    return np.asarray((1 - share) * H + share * power * np.eye(d))
-
-
-def _centred(H: Array, mean: Array | None) -> Array:
-    return H if mean is None else H - mean[:, :, None] * mean[:, None, :]
 
 
 def takes_mean(node: gs.Node) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from calls import call, report_of
 
 import onnxc
-from onnxc.cli import run
 from onnxc.recipe import loads
 from passes.prune import Prune
 
@@ -22,16 +21,6 @@ ARGUMENTS = ("prune", MODEL, "--data", DATA, "--samples", 40)
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(*arguments: Any) -> int:
-    return run([str(a) for a in arguments])
-
-
-def report_of(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> dict[str, Any]:
-    assert call(*arguments, "--json") == code
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 def test_a_budget_of_macs_is_met_and_proven(box: Path, capsys: Any) -> None:

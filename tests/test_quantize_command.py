@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from calls import call, report_of
 
 import onnxc
 from calib.data import Preprocess
 from onnxc import api, request
-from onnxc.cli import run
 from onnxc.cost import inspect
 from onnxc.errors import OptionError
 from onnxc.recipe import Recipe, loads
@@ -33,16 +32,6 @@ TOKENS, TOKEN_DATA = MODELS / "digits_transformer.onnx", MODELS / "digits_transf
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(*arguments: Any) -> int:
-    return run([str(a) for a in arguments])
-
-
-def report_of(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> dict[str, Any]:
-    assert call(*arguments, "--json") == code
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 @pytest.mark.parametrize(

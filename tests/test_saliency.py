@@ -151,8 +151,6 @@ def test_criteria_on_weights() -> None:
 def test_criteria_on_activations() -> None:
     np.testing.assert_allclose(criteria.apoz([np.array([0.9, 0.2])]), [0.1, 0.8])
     np.testing.assert_allclose(criteria.activation([np.array([-1.0, 3])]), [0.5, 1.5])
-    part = Consumer(np.ones((1, 4)), np.eye(4), np.array([1.0, 3, 0, 2]), blocks(2, 2))
-    np.testing.assert_allclose(criteria.means_of(part), [2, 1])
     assert sorted(criteria.random(5, seed=3)) == [0, 1, 2, 3, 4]
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from calls import call, report_of
 
 import onnxc
 from onnxc import api
 from onnxc.bench import Ratio
-from onnxc.cli import run
 from onnxc.errors import OptionError
 from onnxc.recipe import Recipe, loads
 from onnxc.report import Aim, Measure, Report, verdict
@@ -29,16 +28,6 @@ ARGUMENTS = ("sparsify", TOKENS, "--data", TOKEN_DATA, "--samples", 40)
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(*arguments: Any) -> int:
-    return run([str(a) for a in arguments])
-
-
-def report_of(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> dict[str, Any]:
-    assert call(*arguments, "--json") == code
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 def test_zeros_are_made_counted_and_proven(box: Path, capsys: Any) -> None:

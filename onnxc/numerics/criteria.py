@@ -6,7 +6,7 @@
                  in for it, near the geometric median (He 2019)
     bn           |γ_c| (Liu 2017)                                       scales of a normalization
     apoz         1 − share of zeros (Hu 2016)                           zeros of the activation
-    activation   E|a_c| (Molchanov 2017)                                mean of the activation
+    activation   root of E[a_c²] (Molchanov 2017 takes E|a_c|)          power of the activation
     thinet       greedy: the least ‖Σ_S W_c x_c‖² so far (Luo 2017)     W, H of consumers
     lasso        the least λ that sends β_c to zero (He 2017)           W, H of consumers
     random       a seeded permutation                                   nothing
@@ -63,15 +63,8 @@ def apoz(zeros: Sequence[Array]) -> Floats:
 
 
 def activation(means: Sequence[Array]) -> Floats:
-    """E|a_c|, for the means (classes,) of each activation, each relative to its mean."""
+    """Root mean squares (classes,) of each activation, each relative to their mean, and added."""
     return _together([np.abs(mean).astype(np.float64) for mean in means])
-
-
-def means_of(consumer: Consumer) -> Floats:
-    """E|a_c|, (classes,), of an input that is never negative: the mean of the class's columns."""
-    assert consumer.mu is not None
-    found = [float(np.abs(consumer.mu[c]).mean()) if len(c) else 0.0 for c in consumer.columns]
-    return np.asarray(found)
 
 
 def random(classes: int, seed: int) -> Floats:
