@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from calls import report_of
 
 import onnxc
-from onnxc.cli import run
 from onnxc.errors import OptionError
 from onnxc.factorization import FactorizeSettings
 from onnxc.recipe import loads
@@ -24,12 +23,6 @@ ARGUMENTS = ("factorize", TOKENS, "--data", TOKEN_DATA, "--samples", 40)
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def report_of(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> dict[str, Any]:
-    assert run([*map(str, arguments), "--json"]) == code
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 @pytest.mark.parametrize(
