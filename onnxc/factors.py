@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from onnxc.edit import fresh, insert, store, values
 from onnxc.moments import matrix
-from onnxc.numerics.lowrank import Stage
+from onnxc.numerics.lowrank_structures import Stage
 from onnxc.ops import groups, knowledge, weight_of
 
 Array = NDArray[Any]

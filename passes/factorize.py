@@ -31,7 +31,8 @@ from onnxc.graph import nbytes
 from onnxc.moments import moments_key, why_no_moments
 from onnxc.numerics import lowrank
 from onnxc.numerics.covariance import centred, shrunk
-from onnxc.numerics.lowrank import STRUCTURES, Factors
+from onnxc.numerics.lowrank import Factors
+from onnxc.numerics.lowrank_structures import STRUCTURES
 from onnxc.ops import knowledge, weight_of
 
 Array = NDArray[Any]

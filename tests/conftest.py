@@ -10,10 +10,14 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from onnxc.graph import Model, to_bytes
 from onnxc.runtime import Runtime, run, session
+
+settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
+settings.load_profile("repeatable")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
