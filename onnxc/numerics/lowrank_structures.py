@@ -18,6 +18,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from onnxc.numerics import lowrank_starts as starts
 from onnxc.numerics.multilinear import Floats
 
@@ -48,7 +50,8 @@ class Structure:
     ladder: ranks by growing size. start: first factors of W, in that view, for H. stages: the
     layers of factors, for a kernel. parts: how many axes kernels are seen as. kernel: whether it
     is made for kernels, or for matrices. sweeps: of least squares after the start. counts: which
-    ranks count channels of a layer, that kernels work on in multiples.
+    ranks count channels of a layer, that kernels work on in multiples. unfold: the matrices of
+    (o, c, *kernel) that have the ranks; None where ranks are not those of matrices.
     """
 
     spec: str
@@ -61,6 +64,7 @@ class Structure:
     kernel: bool = True
     sweeps: int = SWEEPS
     counts: Ints = (0,)
+    unfold: Callable[[Floats], list[Floats]] | None = None
 
 
 def seen(parts: int, shape: Ints) -> Ints:
@@ -99,6 +103,11 @@ def _split(kernel: Ints) -> tuple[Ints, Ints, Ints, Ints]:
     return kernel[:cut] + ones[cut:], ones[:cut] + kernel[cut:], axes[:cut], axes[cut:]
 
 
+def _unfold_spatial(W: Floats) -> list[Floats]:
+    o, c, i, j = seen(2, W.shape)
+    return [W.reshape(o, c, i, j).transpose(0, 3, 1, 2).reshape(o * j, c * i)]
+
+
 def _stages_spatial(factors: Sequence[Floats], kernel: Ints) -> list[Stage]:
     A, B = factors
     first, second, ahead, behind = _split(kernel)
@@ -106,6 +115,10 @@ def _stages_spatial(factors: Sequence[Floats], kernel: Ints) -> list[Stage]:
         Stage(A.reshape(*A.shape[:2], *first), ahead),
         Stage(B.reshape(*B.shape[:2], *second), behind),
     ]
+
+
+def _unfold_tucker(W: Floats) -> list[Floats]:
+    return [np.moveaxis(W, 1, 0).reshape(W.shape[1], -1), W.reshape(len(W), -1)]
 
 
 def _stages_tucker(factors: Sequence[Floats], kernel: Ints) -> list[Stage]:
@@ -167,6 +180,7 @@ def _channel(kernel: bool) -> Structure:
         stages=_stages_channel,
         kernel=kernel,
         sweeps=0,
+        unfold=lambda W: [W.reshape(len(W), -1)],
     )
 
 
@@ -181,6 +195,7 @@ STRUCTURES: dict[str, Structure] = {
         start=starts.spatial,
         stages=_stages_spatial,
         parts=2,
+        unfold=_unfold_spatial,
     ),
     "tucker": Structure(
         "rc,srk,os->ock",
@@ -194,6 +209,7 @@ STRUCTURES: dict[str, Structure] = {
         start=starts.tucker,
         stages=_stages_tucker,
         counts=(0, 1),
+        unfold=_unfold_tucker,
     ),
     "cp": Structure(
         "rc,ri,rj,or->ocij",
