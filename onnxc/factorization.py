@@ -180,9 +180,12 @@ class Plan:
     def chosen(self, amount: float) -> list[Alternative]:
         """One alternative of each layer, for that much of the unit of the budget."""
         unit, options = self.settings.goal[0], [o.alternatives for o in self.options]
-        if self.settings.rank:
-            return [min(some[1:], key=lambda a: a.time * a.macs, default=WHOLE) for some in options]
-        if self.settings.allocation == "uniform":
+        rule = self.trial.factorize.rule
+        if rule is not None and rule.bounds_error:
+            return [
+                min(some[1:], key=lambda a: (a.time, a.macs), default=WHOLE) for some in options
+            ]
+        if rule is not None or self.settings.allocation == "uniform":
             return [min(some[1:], key=lambda a: a.damage, default=WHOLE) for some in options]
         sizes, rest = self.sizes
         pairs = zip(sizes, options, strict=True)
@@ -240,6 +243,10 @@ class Plan:
     def sizes(self) -> tuple[list[float], float]:
         """What each layer costs in the unit, and all the rest of the graph."""
         return _sizes(self.settings.goal[0], self.trial.piece, self.trial.free)
+
+
+def _cheapness(one: Alternative) -> tuple[float, float]:
+    return one.time, one.macs
 
 
 def _sizes(unit: str, piece: Workpiece, free: Sequence[Layer]) -> tuple[list[float], float]:

@@ -65,7 +65,7 @@ class Factorize:
     """Replace heavy nodes by several thin ones of low rank.
 
     method: the structure; auto takes the one of the least error at the outputs of each layer, or
-    with a rule for ranks the one of the fewest MACs.
+    the one of the fewest MACs under a rule that bounds that error.
     macs: share of each layer's multiply-accumulates that its factors may take; 0: none has factors
     but for those in `ranks`.
     rank: a rule in place of a share: energy:SHARE, sqnr:DB or vbmf.
@@ -161,8 +161,8 @@ class Factorize:
         return choice
 
     def best(self, layer: Layer, made: dict[Choice, Factors]) -> Choice:
-        """The one of the least error; under a rule, which bounds it, of the fewest MACs."""
-        if self.rule is None:
+        """The one of the least error; of the fewest MACs under a rule that bounds the error."""
+        if self.rule is None or not self.rule.bounds_error:
             return min(made, key=lambda choice: made[choice].error)
         fixed = (layer.shape, layer.strides)
         return min(made, key=lambda c: lowrank.macs(c.method, fixed[0], c.ranks, fixed[1]))

@@ -13,6 +13,7 @@ from texts import bind, changed, context, normal, ops, outputs, reasons
 
 from calib.collect import collect
 from calib.data import InputSpec, open_data
+from calib.observers import observer_of
 from onnxc.core import Change, Context, Skip
 from onnxc.errors import OptionError
 from onnxc.graph import Model, copy, load
@@ -393,3 +394,59 @@ def test_few_samples_do_not_mislead() -> None:
     pass_.apply(blind.graph, context(blind))
     pass_.apply(model.graph, replace(context(model), stats=stats))
     assert damage(model) < damage(blind)
+
+
+def in_turn(pass_: Factorize, count: int = 64) -> Model:
+    """The network as the pipeline leaves it: layers one after the other."""
+    model = load(NETWORK)
+    data = open_data({"x": images(count)}, [InputSpec("x", np.dtype(np.float32), ("N", 8, 10, 10))])
+    compress(model, (pass_,), context(model), Calibration(data, original=load(NETWORK)))
+    return model
+
+
+@pytest.mark.parametrize("method", ["channel", "spatial", "tucker", "grouped"])
+def test_layers_make_good_what_those_before_lost(method: str) -> None:
+    pass_, apart = Factorize(method, macs=0.4), load(NETWORK)  # type: ignore[arg-type]
+    pass_.apply(apart.graph, prepared(apart, pass_))
+    assert damage(in_turn(pass_)) < damage(apart)
+
+
+def test_a_recurrent_layer_is_fitted_to_its_input() -> None:
+    """Inputs of rank 4 need no more of the weight, whatever its own rank."""
+    model, source = load(PRODUCTS["LSTM"]), np.random.default_rng(0)
+    x = source.standard_normal((5, 64, 4)) @ source.standard_normal((4, 12))
+    feed = {"x": x.astype(np.float32)}
+    pass_ = Factorize("svd", macs=0.0, ranks=(f"{first(model).name}=svd:4",))
+    (key,) = pass_.wants(model.graph, context(model))
+    seen, before = observer_of(key), outputs(model, feed)
+    seen.update(feed["x"])
+    seen.settle()
+    blind = copy(model)
+    pass_.apply(model.graph, replace(context(model), stats={key: seen}))
+    pass_.apply(blind.graph, context(blind))
+    errors = [float(np.abs(before["y"] - outputs(m, feed)["y"]).max()) for m in (model, blind)]
+    assert errors[0] < 0.02 < errors[1]
+
+
+def test_layers_that_stay_say_why() -> None:
+    model = load(NETWORK)
+    told = Factorize(macs=0.0, ranks=("B=channel:4",), whole=("A=no gain = none",))
+    results = told.apply(model.graph, context(model))
+    assert Skip("A", "no gain = none") in results
+
+
+@pytest.mark.parametrize("method", ["auto", "channel"])
+@pytest.mark.parametrize("rule", ["energy:0.8", "sqnr:8", "vbmf"])
+def test_rules_choose_ranks(rule: str, method: str) -> None:
+    model, pass_ = load(NETWORK), Factorize(method, rank=rule)  # type: ignore[arg-type]
+    results = pass_.apply(model.graph, prepared(model, pass_))
+    assert len(results) == 3
+    for result in results:
+        if isinstance(result, Change) and rule != "vbmf":
+            limit = {"energy:0.8": 20, "sqnr:8": 15.9}[rule]
+            assert float(result.what.rpartition("error ")[2].rstrip("%")) <= limit
+
+
+def test_a_rule_that_cannot_be_read_is_refused() -> None:
+    with pytest.raises(OptionError, match="energy:SHARE"):
+        Factorize(rank="energy:7")

@@ -38,6 +38,11 @@ class Rule:
         return cls(name, amount)
 
     @property
+    def bounds_error(self) -> bool:
+        """Whether ranks are as small as an error allows, so that fewer MACs are better."""
+        return self.name != "vbmf"
+
+    @property
     def error(self) -> float:
         """The most that may be lost."""
         return 1 - self.amount if self.name == "energy" else float(10 ** (-self.amount / 10))
