@@ -37,7 +37,7 @@ from onnxc.ops import knowledge, weight_of
 
 Array = NDArray[Any]
 Ints = tuple[int, ...]
-Method = Literal["auto", "svd", "channel", "spatial", "tucker", "cp", "depthwise", "grouped"]
+Method = Literal["auto", "svd", "channel", "spatial", "tucker", "cp", "depthwise", "grouped", "tt"]
 
 WIDEST = 4608  # inputs of a layer: H takes a few copies of 8 bytes times its square
 
@@ -73,7 +73,14 @@ class Layer:
         wanted = [method]
         if method == "auto":
             wanted = [name for name in STRUCTURES if lowrank.is_quick(name, self.shape)]
-        return [name for name in wanted if not lowrank.why_not(name, self.shape)]
+        return [name for name in wanted if not self.why_not(name)]
+
+    def why_not(self, method: str) -> str:
+        """Why a structure is not for it; empty where it is."""
+        reason = lowrank.why_not(method, self.shape)
+        if reason or not STRUCTURES[method].splits:
+            return reason
+        return next(filter(None, map(factors.why_whole, self.nodes)), "")
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ class Factorize:
     def _tried(self, layer: Layer, context: Context) -> list[Choice]:
         if layer.name in self.choices:
             choice = self.choices[layer.name]
-            why = lowrank.why_not(choice.method, layer.shape)
+            why = layer.why_not(choice.method)
             if why or not lowrank.has_ranks(choice.method, layer.shape, choice.ranks):
                 why = why or "its shape has no such ranks"
                 raise OptionError(f"{layer.name!r} cannot have {choice}: {why}")
@@ -182,7 +189,7 @@ class Factorize:
         if not self.macs:
             return "stays whole: no ranks are given for it"
         names = STRUCTURES if self.method == "auto" else (self.method,)
-        reasons = {lowrank.why_not(name, layer.shape) for name in names}
+        reasons = {layer.why_not(name) for name in names}
         if len(reasons) == 1 and (why := reasons.pop()):
             return why
         return f"no rank takes {self.macs:.0%} of its MACs or less"
@@ -270,11 +277,11 @@ def _obstacle(nodes: Sequence[gs.Node]) -> str:
 
 def _is_factor(node: gs.Node) -> str:
     """Why a node is one of several that make up one linear layer; empty if it is not."""
-    x, y = node.inputs[0], node.outputs[0]
-    if len(x.inputs) == 1 and len(x.outputs) == 1 and _is_bare(x.inputs[0]):
-        return f"it is a factor already, behind {x.inputs[0].name}"
-    if _is_bare(node) and len(y.outputs) == 1 and weight_of(y.outputs[0]) is not None:
-        return f"it is a factor already, in front of {y.outputs[0].name}"
+    maker, reader = factors.before(node), factors.behind(node)
+    if maker is not None and _is_bare(maker):
+        return f"it is a factor already, behind {maker.name}"
+    if reader is not None and _is_bare(node) and weight_of(reader) is not None:
+        return f"it is a factor already, in front of {reader.name}"
     return ""
 
 
