@@ -114,27 +114,36 @@ def put(
     graph: gs.Graph, node: gs.Node, stages: Sequence[Stage], constants: Sequence[gs.Constant]
 ) -> list[gs.Node]:
     """Put layers with these weights in place of a node, which becomes the last; the new nodes."""
-    chain, position, last = CHAINS[node.op], knowledge(node).weight, stages[-1]
+    position, last, count = knowledge(node).weight, stages[-1], len(stages)
     made = regrouped.enter(graph, node) if last.sample else []
-    x, dtype = node.inputs[0], constants[0].dtype
-    for number, (stage, weight) in enumerate(zip(stages, constants, strict=True)):
-        if stage.sample:
-            made.append(regrouped.sample(graph, node, x, stage.sample, number + 1))
-            x = made[-1].outputs[0]
-        if stage is last:
-            break
-        stem = f"{node.outputs[0].name or node.name}_factor{number + 1}"
-        y = gs.Variable(fresh(graph, stem), dtype=dtype)
-        name = fresh(graph, f"{node.name}_factor{number + 1}")
-        attrs = chain.front(node, stage, number)
-        made.append(gs.Node(chain.op, name, attrs, [x, weight], [y]))
-        x = y
-    behind = regrouped.leave(graph, node, len(stages)) if last.sample else []
-    if not behind:
-        node.attrs.update(chain.last(node, last))
+    x, behind = node.inputs[0], []
+    for number, (stage, weight) in enumerate(zip(stages[:-1], constants, strict=False), 1):
+        made += _front(graph, node, stage, weight, x, number)
+        x = made[-1].outputs[0]
+    if last.sample:
+        made.append(regrouped.sample(graph, node, x, last.sample, count))
+        x = made[-1].outputs[0]
+        behind = regrouped.leave(graph, node, count)
+    else:
+        node.attrs.update(CHAINS[node.op].last(node, last))
     node.inputs[0], node.inputs[position] = x, constants[-1]
     insert(graph, before={node.name: made}, after={node.name: behind})
     return [*made, *behind]
+
+
+def _front(
+    graph: gs.Graph, node: gs.Node, stage: Stage, weight: gs.Constant, x: gs.Tensor, number: int
+) -> list[gs.Node]:
+    """A layer in front of a node, behind x as the samples that it takes. number: from 1."""
+    chain, made = CHAINS[node.op], list[gs.Node]()
+    if stage.sample:
+        made.append(regrouped.sample(graph, node, x, stage.sample, number))
+        x = made[-1].outputs[0]
+    stem = f"{node.outputs[0].name or node.name}_factor{number}"
+    y = gs.Variable(fresh(graph, stem), dtype=weight.dtype)
+    name = fresh(graph, f"{node.name}_factor{number}")
+    attrs = chain.front(node, stage, number - 1)
+    return [*made, gs.Node(chain.op, name, attrs, [x, weight], [y])]
 
 
 def _moving(node: gs.Node, stage: Stage) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def taker(reshape: gs.Node) -> gs.Node | None:
 
 def _leading(node: gs.Node) -> list[int] | None:
     """The axes of the output before the last, -1 for one that is not known; None for several."""
-    if knowledge(node).y_axis == 1:
+    if knowledge(node).y_axis == 1:  # Gemm, which has two axes
         return [-1]
     x = node.inputs[0]
     if x.shape is None:
