@@ -21,6 +21,16 @@ def has_place(node: gs.Node) -> bool:
     return given is None or is_constant(given)
 
 
+def bias_of(node: gs.Node) -> NDArray[np.float64]:
+    """One number an output channel; zeros where a node has none. For nodes with a constant one."""
+    weight, row = weight_of(node), knowledge(node)
+    assert weight is not None and row.out_axis is not None
+    count = int(weight.shape[row.out_axis(node)])
+    given = None if row.bias is None else _given(node, row.bias)
+    found = np.zeros(1) if given is None else values(given).astype(np.float64)
+    return np.broadcast_to(found.reshape(-1), count)
+
+
 def shift_bias(
     graph: gs.Graph, node: gs.Node, shift: NDArray[Any], suffix: str
 ) -> tuple[int, int] | None:

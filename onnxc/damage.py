@@ -16,7 +16,7 @@ divergence of classes 2 points more than squared errors.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,11 +54,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Judge:
-    """What tells the damage that a pass does to a model. reference: its outputs for the samples."""
+    """What tells the damage that a pass does to a model. reference: its outputs for the samples.
+
+    is_noise: the damage is E‖y − ŷ‖² / E‖y‖² of all outputs, classes or not, as SQNR has it.
+    """
 
     piece: Workpiece
     samples: Dataset
     reference: Outputs
+    is_noise: bool = False
 
     def damage(self, pass_: Pass, stats: Mapping[Key, Any]) -> float:
         """D of the model that a pass makes with these statistics; at most WORST."""
@@ -68,7 +72,7 @@ class Judge:
             made = outputs(replace(self.piece, model=changed), self.samples)
         except ModelError:
             return WORST
-        return min(_distance(self.reference, made), WORST)
+        return min(_distance(self.reference, made, _noise if self.is_noise else _apart), WORST)
 
 
 def measure(
@@ -142,12 +146,18 @@ def outputs(piece: Workpiece, samples: Dataset) -> Outputs:
     return [run(opened, feed) for feed in samples.batches(1)]
 
 
-def _distance(reference: Outputs, made: Outputs) -> float:
+def _distance(reference: Outputs, made: Outputs, apart: Callable[[Array, Array], float]) -> float:
     """D of what was made in place of the reference."""
     names = [n for n, y in reference[0].items() if y.dtype.kind == "f"]
     pairs = [[np.concatenate([b[n] for b in some]) for some in (reference, made)] for n in names]
-    found = [_apart(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
+    found = [apart(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
     return float(np.mean(found)) if found else 0.0
+
+
+def _noise(reference: Array, made: Array) -> float:
+    y, z = reference.astype(np.float64), made.astype(np.float64)
+    power = float(np.mean(y**2))
+    return float(np.mean((y - z) ** 2)) / power if power > 0 else 0.0
 
 
 def _apart(reference: Array, made: Array) -> float:

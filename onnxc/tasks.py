@@ -66,4 +66,9 @@ QUANTIZE = Task(
 )
 SPARSIFY = Task(Aim("sparsify", "made sparse", "zeros"), SparsifySettings, sparsification.ways)
 PRUNE = Task(Aim("prune", "pruned"), PruneSettings, pruning.ways, missed=pruning.missed)
-FACTORIZE = Task(Aim("factorize", "factorized"), FactorizeSettings, factorization.ways)
+FACTORIZE = Task(
+    Aim("factorize", "factorized"),
+    FactorizeSettings,
+    factorization.ways,
+    missed=factorization.missed,
+)

@@ -1,86 +1,40 @@
 """Replace a heavy node by two or more thinner ones of low rank, chosen on its input.
 
-    y = W x + b    ->    y = B (A x) + b̂,      b̂ = b + (W − Ŵ) mu,   Ŵ = B A
+    y = W x + b    ->    y = B (A x) + b̂,      Ŵ = B A
 
-with Ŵ of one of the structures of `onnxc.numerics.lowrank`, so that E‖(W − Ŵ)(x − mu)‖² is small,
-H and mu being the moments of the rows x. A node without a place for a bias has H about zero. What
-stands behind the node, an activation among it, stays as it is. Where n rows are few, H is shrunk:
-
-    H <- (1 − s) H + s tr(H)/d I,      s = d / (d + 4 n)
-
-Zhang 2016 ("Accelerating very deep convolutional networks") fits the factors to the original's
-outputs on the inputs of the compressed network; that is what `reconstruct` does to the last one.
+with Ŵ of one of the structures of `onnxc.numerics.lowrank_structures`. With data, layers are taken
+one after the other: factors approach what the layer gives in the original, on what it gets from the
+layers before it as they are by now (`onnxc.fitter`). With statistics alone they approach W x on the
+original's own x. What stands behind the node, an activation among it, stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from onnxc import factors
-from onnxc.biases import has_place, shift_bias
-from onnxc.core import Change, Context, Key, Skip, register
+from onnxc.biases import shift_bias
+from onnxc.core import Change, Context, Key, Pass, Skip, register
 from onnxc.errors import OptionError
+from onnxc.fitter import Fitter, goal_key
 from onnxc.graph import nbytes
-from onnxc.moments import moments_key, why_no_moments
+from onnxc.layers import Layer, find_layers
+from onnxc.moments import moments_key
 from onnxc.numerics import lowrank
-from onnxc.numerics.covariance import centred, shrunk
 from onnxc.numerics.lowrank import Factors
+from onnxc.numerics.lowrank_ranks import Rule
 from onnxc.numerics.lowrank_structures import STRUCTURES
-from onnxc.ops import knowledge, weight_of
+from onnxc.ops import weight_of
 
 Array = NDArray[Any]
 Ints = tuple[int, ...]
 Method = Literal["auto", "svd", "channel", "spatial", "tucker", "cp", "depthwise", "grouped", "tt"]
-
-WIDEST = 4608  # inputs of a layer: H takes a few copies of 8 bytes times its square
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Nodes that multiply by one weight, under the name of the first. obstacle: why it stays."""
-
-    nodes: tuple[gs.Node, ...]
-    obstacle: str = ""
-
-    @property
-    def name(self) -> str:
-        return str(self.nodes[0].name)
-
-    @property
-    def shape(self) -> Ints:
-        """(groups, o, c, *kernel)."""
-        return factors.shape(self.nodes[0])
-
-    @property
-    def size(self) -> int:
-        """Numbers in its weight."""
-        weight = weight_of(self.nodes[0])
-        return 0 if weight is None else int(np.prod(weight.shape))
-
-    @property
-    def strides(self) -> Ints:
-        return factors.strides(self.nodes[0])
-
-    def methods(self, method: str) -> list[str]:
-        """The structures that are for it, of one or of all that are found in little time."""
-        wanted = [method]
-        if method == "auto":
-            wanted = [name for name in STRUCTURES if lowrank.is_quick(name, self.shape)]
-        return [name for name in wanted if not self.why_not(name)]
-
-    def why_not(self, method: str) -> str:
-        """Why a structure is not for it; empty where it is."""
-        reason = lowrank.why_not(method, self.shape)
-        if reason or not STRUCTURES[method].splits:
-            return reason
-        return next(filter(None, map(factors.why_whole, self.nodes)), "")
 
 
 @dataclass(frozen=True)
@@ -110,10 +64,13 @@ class Choice:
 class Factorize:
     """Replace heavy nodes by several thin ones of low rank.
 
-    method: the structure; auto takes the one of the least error at the outputs of each layer.
+    method: the structure; auto takes the one of the least error at the outputs of each layer, or
+    with a rule for ranks the one of the fewest MACs.
     macs: share of each layer's multiply-accumulates that its factors may take; 0: none has factors
     but for those in `ranks`.
-    ranks: of some layers in place of a share, as NODE=METHOD:RANK or NODE=METHOD:RANKxRANK.
+    rank: a rule in place of a share: energy:SHARE, sqnr:DB or vbmf.
+    ranks: of some layers in place of both, as NODE=METHOD:RANK or NODE=METHOD:RANKxRANK.
+    whole: layers that stay, as NODE=REASON.
     """
 
     name: ClassVar[str] = "factorize"
@@ -121,12 +78,14 @@ class Factorize:
 
     method: Method = "auto"
     macs: float = 0.75
+    rank: str = ""
     ranks: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.macs < 1:
             raise OptionError(f"macs is a share from 0 to 1, not {self.macs:g}")
-        self.choices  # noqa: B018 - raises where an entry cannot be read
+        self.choices, self.rule  # noqa: B018 - raise where an entry cannot be read
 
     @property
     def choices(self) -> dict[str, Choice]:
@@ -134,23 +93,30 @@ class Factorize:
         pairs = [entry.rpartition("=") for entry in self.ranks]
         return {name: Choice.read(text) for name, _, text in pairs}
 
+    @property
+    def rule(self) -> Rule | None:
+        """Raises OptionError for one that cannot be read."""
+        try:
+            return Rule.read(self.rank) if self.rank else None
+        except ValueError as error:
+            raise OptionError(f"{error}, not {self.rank!r}") from error
+
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        for layer in self._free(layers(graph, context)):
-            if self.macs or layer.name in self.choices:
-                yield from keys(layer)
+        for layer in self._free(find_layers(graph, context)):
+            if self.may_take(layer):
+                keys = (moments_key(node) for node in layer.nodes)
+                yield from (key for key in keys if key is not None)
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
-        found = layers(graph, context)
-        results: list[Change | Skip] = [
-            Skip(node.name, layer.obstacle)
-            for layer in found
-            if layer.obstacle
-            for node in layer.nodes
-        ]
+        steps = list(self.steps(graph, context))
         with threadpool_limits(1, user_api="blas"):  # matrices are small: threads only wait
-            for layer in self._free(found):
-                results += self._rewrite(graph, layer, context)
-        return results
+            return [result for step in steps for result in step.apply(graph, context)]
+
+    def steps(self, graph: gs.Graph, context: Context) -> Iterator[Pass]:
+        """One step a layer, in the order of first nodes."""
+        found = find_layers(graph, context)
+        self._free(found)
+        yield from (FactorizeLayer(self, layer) for layer in found)
 
     def _free(self, found: Sequence[Layer]) -> list[Layer]:
         """The layers that may be factorized. Raises OptionError where one of `ranks` may not."""
@@ -161,136 +127,85 @@ class Factorize:
             raise OptionError(f"{odd!r} cannot be factorized: {why}")
         return free
 
-    def _rewrite(self, graph: gs.Graph, layer: Layer, context: Context) -> Iterator[Change | Skip]:
-        tried = self._tried(layer, context)
-        if not tried:
-            yield from (Skip(node.name, self._why_none(layer)) for node in layer.nodes)
-            return
-        fitter = Fitter.of(layer, context)
-        made = {choice: fitter.fit(choice) for choice in tried}
-        best = min(made, key=lambda choice: made[choice].error)
-        yield from put(graph, layer, best, made[best], fitter)
+    def may_take(self, layer: Layer) -> bool:
+        """Whether there may be factors for a layer."""
+        return bool(self.macs or self.rank or layer.name in self.choices)
 
-    def _tried(self, layer: Layer, context: Context) -> list[Choice]:
+    def tried(self, layer: Layer, context: Context, fitter: Fitter) -> list[Choice]:
+        """The structures to compare for a layer, with their ranks."""
         if layer.name in self.choices:
-            choice = self.choices[layer.name]
-            why = layer.why_not(choice.method)
-            if why or not lowrank.has_ranks(choice.method, layer.shape, choice.ranks):
-                why = why or "its shape has no such ranks"
-                raise OptionError(f"{layer.name!r} cannot have {choice}: {why}")
-            return [choice]
-        if not self.macs:
-            return []
-        fixed = (layer.shape, self.macs, layer.strides, context.target.channels)
-        picked = ((name, lowrank.pick(name, *fixed)) for name in layer.methods(self.method))
-        return [Choice(name, ranks) for name, ranks in picked if ranks]
+            return [self._given(layer)]
+        fixed = (layer.strides, context.target.channels)
+        if self.rule is None:
+            found = {
+                n: lowrank.pick(n, layer.shape, self.macs, *fixed) for n in self.methods(layer)
+            }
+        else:
+            some = (n for n in self.methods(layer) if not self.rule.why_not(n))
+            found = {n: self.rule.ranks(n, fitter.W, fitter.H, *fixed) for n in some}
+        return [Choice(name, ranks) for name, ranks in found.items() if ranks]
 
-    def _why_none(self, layer: Layer) -> str:
-        if not self.macs:
-            return "stays whole: no ranks are given for it"
+    def methods(self, layer: Layer) -> list[str]:
+        """The structures that are for a layer, of one or of all that are found in little time."""
+        wanted: Sequence[str] = [self.method]
+        if self.method == "auto":
+            wanted = [name for name in STRUCTURES if lowrank.is_quick(name, layer.shape)]
+        return [name for name in wanted if not layer.why_not(name)]
+
+    def _given(self, layer: Layer) -> Choice:
+        choice = self.choices[layer.name]
+        why = layer.why_not(choice.method)
+        if why or not lowrank.has_ranks(choice.method, layer.shape, choice.ranks):
+            why = why or "its shape has no such ranks"
+            raise OptionError(f"{layer.name!r} cannot have {choice}: {why}")
+        return choice
+
+    def best(self, layer: Layer, made: dict[Choice, Factors]) -> Choice:
+        """The one of the least error; under a rule, which bounds it, of the fewest MACs."""
+        if self.rule is None:
+            return min(made, key=lambda choice: made[choice].error)
+        fixed = (layer.shape, layer.strides)
+        return min(made, key=lambda c: lowrank.macs(c.method, fixed[0], c.ranks, fixed[1]))
+
+    def why_none(self, layer: Layer) -> str:
+        """Why a layer has no factors."""
+        if not self.may_take(layer):
+            reasons = dict(entry.split("=", 1) for entry in self.whole)
+            return reasons.get(layer.name, "stays whole: no ranks are given for it")
         names = STRUCTURES if self.method == "auto" else (self.method,)
-        reasons = {layer.why_not(name) for name in names}
-        if len(reasons) == 1 and (why := reasons.pop()):
+        rule = self.rule
+        found = {layer.why_not(n) or (rule.why_not(n) if rule else "") for n in names}
+        if len(found) == 1 and (why := found.pop()):
             return why
+        if rule is not None:
+            return f"no rank that {self.rank} allows takes fewer MACs"
         return f"no rank takes {self.macs:.0%} of its MACs or less"
 
 
 @dataclass(frozen=True)
-class Fitter:
-    """What factors of a layer are fitted to: W (groups, o, c, *kernel) and the moments of its rows.
+class FactorizeLayer:
+    """Factorize one layer, as a whole pass wants it."""
 
-    H: (groups, d, d), None without data. means: mu of each node's input, by the node's name.
-    """
+    whole: Factorize
+    layer: Layer
+    name: ClassVar[str] = "factorize-layer"
+    lossless: ClassVar[bool] = False
 
-    W: Array
-    H: Array | None
-    means: dict[str, Array] = field(default_factory=dict)
+    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
+        if not self.layer.obstacle and self.whole.may_take(self.layer):
+            yield goal_key(self.layer.nodes[0])
 
-    @classmethod
-    def of(cls, layer: Layer, context: Context) -> Fitter:
-        """Several nodes count alike; H is about the mean where there is a bias to take it up."""
-        W = factors.tensor(layer.nodes[0])
-        pairs = ((node.name, moments_key(node)) for node in layer.nodes)
-        found = {n: context.stats[k] for n, k in pairs if k is not None and k in context.stats}
-        if len(found) < len(layer.nodes):
-            return cls(W, None)
-        means = {n.name: found[n.name].mean for n in layer.nodes if takes_mean(n)}
-        each = [shrunk(centred(s.second, means.get(n)), s.count) for n, s in found.items()]
-        return cls(W, np.mean(each, axis=0), means)
-
-    def fit(self, choice: Choice) -> Factors:
-        return lowrank.factorize(choice.method, self.W, self.H, choice.ranks)
-
-    def error(self, made: Factors) -> float:
-        """E‖(W − Ŵ) x‖² / E‖W x‖² with these moments."""
-        return lowrank.relative_error(self.W, made.made, self.H)
-
-
-def takes_mean(node: gs.Node) -> bool:
-    """Whether a bias can take up what the mean of the output moves by."""
-    return has_place(node) and all(node.attrs.get(k, 1.0) == 1.0 for k in ("alpha", "beta"))
-
-
-def layers(graph: gs.Graph, context: Context) -> list[Layer]:
-    """The heavy nodes that may be touched, those of one weight together, in order."""
-    allowed = context.only.names(graph)
-    found: dict[Any, list[gs.Node]] = {}
-    alone: list[Layer] = []
-    for node in graph.nodes:
-        if node.name not in allowed or knowledge(node).window is None:
-            continue
-        if not factors.is_chainable(node):
-            alone.append(Layer((node,), _why_not(node)))
-            continue
-        place = (id(weight_of(node)), factors.layout(node))
-        found.setdefault(place, []).append(node)
-    return [*alone, *(Layer(tuple(x), _obstacle(x)) for x in found.values())]
-
-
-def keys(layer: Layer) -> Iterator[Key]:
-    """Of the moments of a layer's inputs."""
-    found = (moments_key(node) for node in layer.nodes)
-    return (key for key in found if key is not None)
-
-
-def _why_not(node: gs.Node) -> str:
-    if weight_of(node) is None:
-        return "its weight is not a constant of floats"
-    return f"there is no chain of layers in place of {node.op}"
-
-
-def _obstacle(nodes: Sequence[gs.Node]) -> str:
-    weight = weight_of(nodes[0])
-    assert weight is not None
-    for node in nodes:
-        reason = why_no_moments(node) or _is_factor(node)
-        if reason:
-            return reason
-    other = next((u for u in weight.outputs if all(u is not n for n in nodes)), None)
-    if other is not None:
-        return f"its weight is shared with {other.name}"
-    _, o, *rest = factors.shape(nodes[0])
-    if min(o, int(np.prod(rest))) < 2:
-        return "it makes one output of each group, which has no smaller rank"
-    return "" if np.prod(rest) <= WIDEST else f"with {np.prod(rest)} inputs it is too wide"
-
-
-def _is_factor(node: gs.Node) -> str:
-    """Why a node is one of several that make up one linear layer; empty if it is not."""
-    maker, reader = factors.before(node), factors.behind(node)
-    if maker is not None and _is_bare(maker):
-        return f"it is a factor already, behind {maker.name}"
-    if reader is not None and _is_bare(node) and weight_of(reader) is not None:
-        return f"it is a factor already, in front of {reader.name}"
-    return ""
-
-
-def _is_bare(node: gs.Node) -> bool:
-    """A heavy linear node without a bias."""
-    row = knowledge(node)
-    position = row.bias if row.bias is not None else len(node.inputs)
-    has_bias = position < len(node.inputs) and bool(node.inputs[position].name)
-    return row.role == "weighted" and weight_of(node) is not None and not has_bias
+    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+        layer, whole = self.layer, self.whole
+        if layer.obstacle:
+            return [Skip(node.name, layer.obstacle) for node in layer.nodes]
+        fitter = Fitter.of(layer, context) if whole.may_take(layer) else None
+        tried = whole.tried(layer, context, fitter) if fitter else []
+        if fitter is None or not tried:
+            return [Skip(node.name, whole.why_none(layer)) for node in layer.nodes]
+        made = {choice: fitter.fit(choice.method, choice.ranks) for choice in tried}
+        best = whole.best(layer, made)
+        return list(put(graph, layer, best, made[best], fitter))
 
 
 def put_sketch(graph: gs.Graph, layer: Layer, choice: Choice) -> list[gs.Node]:
@@ -304,16 +219,15 @@ def put(
     graph: gs.Graph, layer: Layer, choice: Choice, made: Factors, fitter: Fitter
 ) -> Iterator[Change]:
     """Put factors in place of a layer of a graph, with biases for what they lose on average."""
-    first, W = layer.nodes[0], fitter.W
+    first = layer.nodes[0]
     old = weight_of(first)
     assert old is not None
     what = _told(layer, choice, made) + ("" if fitter.H is not None else ", without data")
     constants = factors.weights(graph, first, made.stages)
     sizes = nbytes(old), sum(map(nbytes, constants))
-    lost = (W - made.made).reshape(*W.shape[:2], -1)
     for number, node in enumerate(layer.nodes):
-        if node.name in fitter.means:
-            shift = np.einsum("god,gd->go", lost, fitter.means[node.name]).reshape(-1)
+        shift = fitter.shift(node, made)
+        if shift is not None:
             shift_bias(graph, node, shift, "factor")
         factors.put(graph, node, made.stages, constants)
         yield Change(node.name, what, *(sizes if not number else (0, 0)))

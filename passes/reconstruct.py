@@ -26,6 +26,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxc.biases import bias_of
 from onnxc.core import Change, Context, Goal, Key, Pass, Skip, register
 from onnxc.graph import captured, constant, fresh, nbytes, store, values
 from onnxc.moments import from_matrix, matrix, moments_key, why_no_moments
@@ -207,7 +208,7 @@ def _refit(graph: gs.Graph, node: gs.Node, found: Any) -> Change | Skip:
     weight, row = weight_of(node), knowledge(node)
     assert weight is not None
     W = matrix(node, values(weight).astype(np.float64))
-    b = _bias_of(node).reshape(W.shape[:2])
+    b = bias_of(node).reshape(W.shape[:2])
     best = refit(found.folds, W, b, _has_bias(node))
     if row.bias is not None and not _has_bias(node):
         more = refit(found.folds, W, b, True)
@@ -216,14 +217,6 @@ def _refit(graph: gs.Graph, node: gs.Node, found: Any) -> Change | Skip:
     if not best.after < best.before or scale <= 0:
         return Skip(node.name, "not refit: nothing lowers the error of its outputs")
     return _write(graph, node, best, scale)
-
-
-def _bias_of(node: gs.Node) -> Array:
-    channels = _channels(node)
-    if not _has_bias(node):
-        return np.zeros(channels)
-    bias = values(node.inputs[knowledge(node).bias]).astype(np.float64)
-    return np.broadcast_to(bias.reshape(-1), channels)
 
 
 def _write(graph: gs.Graph, node: gs.Node, best: Fit, scale: float) -> Change:

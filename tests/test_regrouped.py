@@ -16,10 +16,11 @@ from calib.data import InputSpec, open_data
 from onnxc.core import Context
 from onnxc.errors import OptionError
 from onnxc.graph import Model, copy, load
+from onnxc.layers import find_layers
 from onnxc.numerics.lowrank import ranks
 from onnxc.pipeline import Calibration, apply_pass, compress
 from onnxc.shapes import infer
-from passes.factorize import Factorize, layers
+from passes.factorize import Factorize
 from passes.quantize import Quantize
 
 Array = NDArray[Any]
@@ -180,7 +181,7 @@ def test_a_product_with_a_bias_in_front_of_a_convolution_is_no_factor() -> None:
         V=normal(6, 4, 1),
     )
     model = load(proto)
-    assert [layer.obstacle for layer in layers(model.graph, context(model))] == ["", ""]
+    assert [layer.obstacle for layer in find_layers(model.graph, context(model))] == ["", ""]
 
 
 def test_shared_weights_have_the_same_train() -> None:

@@ -26,6 +26,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from onnxc.numerics import lowrank_starts as starts
 from onnxc.numerics.multilinear import Floats
 
@@ -59,8 +61,9 @@ class Structure:
     ladder: ranks by growing size. start: first factors of W, in that view, for H. stages: the
     layers of factors, for a kernel. parts: how many axes kernels are seen as. kernel: whether it
     is made for kernels, or for matrices. sweeps: of least squares after the start. counts: which
-    ranks count channels of a layer, that kernels work on in multiples. splits: whether o and c are
-    taken apart, so that its layers take x for other samples than it comes in.
+    ranks count channels of a layer, that kernels work on in multiples. unfold: the matrices of
+    (o, c, *kernel) that have the ranks; None where ranks are not those of matrices. splits: whether
+    o and c are taken apart, so that its layers take x for other samples than it comes in.
     """
 
     spec: str
@@ -73,6 +76,7 @@ class Structure:
     kernel: bool = True
     sweeps: int = SWEEPS
     counts: Ints = (0,)
+    unfold: Callable[[Floats], list[Floats]] | None = None
     splits: bool = False
 
 
@@ -118,6 +122,11 @@ def _split(kernel: Ints) -> tuple[Ints, Ints, Ints, Ints]:
     return kernel[:cut] + ones[cut:], ones[:cut] + kernel[cut:], axes[:cut], axes[cut:]
 
 
+def _unfold_spatial(W: Floats) -> list[Floats]:
+    o, c, i, j = seen(2, W.shape)
+    return [W.reshape(o, c, i, j).transpose(0, 3, 1, 2).reshape(o * j, c * i)]
+
+
 def _stages_spatial(factors: Sequence[Floats], kernel: Ints) -> list[Stage]:
     A, B = factors
     first, second, ahead, behind = _split(kernel)
@@ -125,6 +134,10 @@ def _stages_spatial(factors: Sequence[Floats], kernel: Ints) -> list[Stage]:
         Stage(A.reshape(*A.shape[:2], *first), ahead),
         Stage(B.reshape(*B.shape[:2], *second), behind),
     ]
+
+
+def _unfold_tucker(W: Floats) -> list[Floats]:
+    return [np.moveaxis(W, 1, 0).reshape(W.shape[1], -1), W.reshape(len(W), -1)]
 
 
 def _stages_tucker(factors: Sequence[Floats], kernel: Ints) -> list[Stage]:
@@ -200,6 +213,11 @@ def _ladder_train(dims: Ints) -> list[Ints]:
     return [] if 1 in (o2, c1) else [(r,) for r in range(1, min(o1 * c1, o2 * c2) + 1)]
 
 
+def _unfold_train(W: Floats) -> list[Floats]:
+    o1, o2, c1, c2 = _split_train(seen(1, W.shape))
+    return [W.reshape(o1, o2, c1, c2).swapaxes(1, 2).reshape(o1 * c1, o2 * c2)]
+
+
 def _channel(kernel: bool) -> Structure:
     return Structure(
         "rck,or->ock",
@@ -210,6 +228,7 @@ def _channel(kernel: bool) -> Structure:
         stages=_stages_channel,
         kernel=kernel,
         sweeps=0,
+        unfold=lambda W: [W.reshape(len(W), -1)],
     )
 
 
@@ -224,6 +243,7 @@ STRUCTURES: dict[str, Structure] = {
         start=starts.spatial,
         stages=_stages_spatial,
         parts=2,
+        unfold=_unfold_spatial,
     ),
     "tucker": Structure(
         "rc,srk,os->ock",
@@ -237,6 +257,7 @@ STRUCTURES: dict[str, Structure] = {
         start=starts.tucker,
         stages=_stages_tucker,
         counts=(0, 1),
+        unfold=_unfold_tucker,
     ),
     "cp": Structure(
         "rc,ri,rj,or->ocij",
@@ -278,6 +299,7 @@ STRUCTURES: dict[str, Structure] = {
         stages=_stages_train,
         kernel=False,
         counts=(),
+        unfold=_unfold_train,
         splits=True,
     ),
 }
