@@ -22,6 +22,7 @@ from onnxc.numerics.lowrank import (
     sketch,
     why_not,
 )
+from onnxc.numerics.lowrank_ranks import Rule
 from onnxc.numerics.lowrank_structures import STRUCTURES, Stage, halves
 from onnxc.numerics.multilinear import compose, error, refine
 
@@ -292,3 +293,8 @@ def test_choices_are_the_best_there_are(layers: int, seed: int, share: float) ->
     assert total(costs, found) <= share * layers * (1 + 1e-6)
     best = min(total(losses, p) for p in allowed)
     assert total(losses, found) == pytest.approx(best, abs=1e-12)
+
+
+def test_vbmf_finds_the_kronecker_products_under_noise() -> None:
+    W = planted("tt", (1, 64, 64), (2,)) + 0.3 * rng(9).standard_normal((1, 64, 64))
+    assert Rule("vbmf").ranks("tt", W, None) == (2,)
