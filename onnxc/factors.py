@@ -1,10 +1,10 @@
 """Put several layers in the place of one heavy node, which becomes the last of them.
 
     Conv            convolutions; each spatial axis is strided and padded where its kernel is wide
-    Gemm, MatMul    products
+    Gemm, MatMul    products; where rows of x are taken apart, see `onnxc.regrouped`
     LSTM, GRU       a MatMul in front, for the weight of the input: W x = B (A x)
 
-The node keeps its name, its bias and its output, so that what comes behind it does not change.
+The node keeps its name, and its output the tensor's, so that what comes behind does not change.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxc import regrouped
 from onnxc.edit import fresh, insert, store, values
 from onnxc.moments import matrix
 from onnxc.numerics.lowrank_structures import Stage
@@ -33,6 +34,7 @@ class Chain:
     tensor: its weight as W (groups, o, c, *kernel). op: of the layers in front. front, last: the
     attributes of a layer in front (its number, first 0) and of the node itself. weight: the array
     of a stage, for a layer in front or, given the shape of the old weight, for the node itself.
+    splits: whether rows of x are its last axis, so that they can be taken for other samples.
     """
 
     tensor: Callable[[gs.Node, Array], Array]
@@ -40,11 +42,19 @@ class Chain:
     front: Callable[[gs.Node, Stage, int], dict[str, Any]]
     last: Callable[[gs.Node, Stage], dict[str, Any]]
     weight: Callable[[gs.Node, Array, Ints | None], Array]
+    splits: bool = False
 
 
 def is_chainable(node: gs.Node) -> bool:
     """Whether a node's operator may become several in a row."""
     return not node.domain and node.op in CHAINS and weight_of(node) is not None
+
+
+def why_whole(node: gs.Node) -> str:
+    """Why the rows that a node reads cannot be taken for other samples; empty if they can."""
+    if not CHAINS[node.op].splits:
+        return f"the rows that {node.op} reads cannot be taken apart"
+    return regrouped.why_not(node)
 
 
 def tensor(node: gs.Node) -> Array:
@@ -74,6 +84,20 @@ def layout(node: gs.Node) -> tuple[str, int | None]:
     return kind, row.out_axis(node) if row.out_axis else None
 
 
+def before(node: gs.Node) -> gs.Node | None:
+    """The node whose output goes into a node alone, as that of a factor does."""
+    x = regrouped.rows(node)
+    return x.inputs[0] if len(x.inputs) == 1 and len(x.outputs) == 1 else None
+
+
+def behind(node: gs.Node) -> gs.Node | None:
+    """The node that alone reads the output of a node, as a factor does."""
+    y = node.outputs[0]
+    reader = y.outputs[0] if len(y.outputs) == 1 else None
+    far = None if reader is None else regrouped.taker(reader)
+    return reader if far is None else far
+
+
 def weights(graph: gs.Graph, node: gs.Node, stages: Sequence[Stage]) -> list[gs.Constant]:
     """The constants of the layers, named after the node's weight."""
     old = weight_of(node)
@@ -89,21 +113,37 @@ def weights(graph: gs.Graph, node: gs.Node, stages: Sequence[Stage]) -> list[gs.
 def put(
     graph: gs.Graph, node: gs.Node, stages: Sequence[Stage], constants: Sequence[gs.Constant]
 ) -> list[gs.Node]:
-    """Put layers with these weights in front of a node, which becomes the last; those in front."""
-    chain, position = CHAINS[node.op], knowledge(node).weight
-    x, dtype = node.inputs[0], constants[0].dtype
-    made: list[gs.Node] = []
-    for number, (stage, weight) in enumerate(zip(stages[:-1], constants, strict=False)):
-        stem = f"{node.outputs[0].name or node.name}_factor{number + 1}"
-        y = gs.Variable(fresh(graph, stem), dtype=dtype)
-        name = fresh(graph, f"{node.name}_factor{number + 1}")
-        attrs = chain.front(node, stage, number)
-        made.append(gs.Node(chain.op, name, attrs, [x, weight], [y]))
-        x = y
-    node.attrs.update(chain.last(node, stages[-1]))
+    """Put layers with these weights in place of a node, which becomes the last; the new nodes."""
+    position, last, count = knowledge(node).weight, stages[-1], len(stages)
+    made = regrouped.enter(graph, node) if last.sample else []
+    x, behind = node.inputs[0], []
+    for number, (stage, weight) in enumerate(zip(stages[:-1], constants, strict=False), 1):
+        made += _front(graph, node, stage, weight, x, number)
+        x = made[-1].outputs[0]
+    if last.sample:
+        made.append(regrouped.sample(graph, node, x, last.sample, count))
+        x = made[-1].outputs[0]
+        behind = regrouped.leave(graph, node, count)
+    else:
+        node.attrs.update(CHAINS[node.op].last(node, last))
     node.inputs[0], node.inputs[position] = x, constants[-1]
-    insert(graph, before={node.name: made})
-    return made
+    insert(graph, before={node.name: made}, after={node.name: behind})
+    return [*made, *behind]
+
+
+def _front(
+    graph: gs.Graph, node: gs.Node, stage: Stage, weight: gs.Constant, x: gs.Tensor, number: int
+) -> list[gs.Node]:
+    """A layer in front of a node, behind x as the samples that it takes. number: from 1."""
+    chain, made = CHAINS[node.op], list[gs.Node]()
+    if stage.sample:
+        made.append(regrouped.sample(graph, node, x, stage.sample, number))
+        x = made[-1].outputs[0]
+    stem = f"{node.outputs[0].name or node.name}_factor{number}"
+    y = gs.Variable(fresh(graph, stem), dtype=weight.dtype)
+    name = fresh(graph, f"{node.name}_factor{number}")
+    attrs = chain.front(node, stage, number - 1)
+    return [*made, gs.Node(chain.op, name, attrs, [x, weight], [y])]
 
 
 def _moving(node: gs.Node, stage: Stage) -> dict[str, Any]:
@@ -143,7 +183,8 @@ def _is_transposed(node: gs.Node) -> bool:
 
 
 def _product_weight(node: gs.Node, weight: Array, shape: Ints | None) -> Array:
-    return np.ascontiguousarray(weight.T if _is_transposed(node) else weight)
+    is_turned = weight.ndim == 2 and _is_transposed(node)  # not where it is a convolution's
+    return np.ascontiguousarray(weight.T if is_turned else weight)
 
 
 CHAINS: Mapping[str, Chain] = {
@@ -163,6 +204,7 @@ CHAINS: Mapping[str, Chain] = {
         },
         last=lambda node, stage: {"transA": 0} if node.attrs.get("transA", 0) else {},
         weight=_product_weight,
+        splits=True,
     ),
     "MatMul": Chain(
         matrix,
@@ -170,6 +212,7 @@ CHAINS: Mapping[str, Chain] = {
         front=lambda node, stage, number: {},
         last=lambda node, stage: {},
         weight=_product_weight,
+        splits=True,
     ),
     **dict.fromkeys(
         ("LSTM", "GRU"),

@@ -16,6 +16,8 @@ import onnx_graphsurgeon as gs
 from onnxc import factors
 from onnxc.core import Context
 from onnxc.moments import why_no_moments
+from onnxc.numerics import lowrank
+from onnxc.numerics.lowrank_structures import STRUCTURES
 from onnxc.ops import knowledge, weight_of
 
 Ints = tuple[int, ...]
@@ -48,6 +50,13 @@ class Layer:
     @property
     def strides(self) -> Ints:
         return factors.strides(self.nodes[0])
+
+    def why_not(self, method: str) -> str:
+        """Why a structure is not for it; empty where it is."""
+        reason = lowrank.why_not(method, self.shape)
+        if reason or not STRUCTURES[method].splits:
+            return reason
+        return next(filter(None, map(factors.why_whole, self.nodes)), "")
 
 
 def find_layers(graph: gs.Graph, context: Context) -> list[Layer]:
@@ -87,11 +96,11 @@ def _shared(weight: gs.Constant, nodes: Iterable[gs.Node]) -> str:
 
 def _is_factor(node: gs.Node) -> str:
     """Why a node is one of several that make up one linear layer; empty if it is not."""
-    x, y = node.inputs[0], node.outputs[0]
-    if len(x.inputs) == 1 and len(x.outputs) == 1 and _is_bare(x.inputs[0]):
-        return f"it is a factor already, behind {x.inputs[0].name}"
-    if _is_bare(node) and len(y.outputs) == 1 and weight_of(y.outputs[0]) is not None:
-        return f"it is a factor already, in front of {y.outputs[0].name}"
+    maker, reader = factors.before(node), factors.behind(node)
+    if maker is not None and _is_bare(maker):
+        return f"it is a factor already, behind {maker.name}"
+    if reader is not None and _is_bare(node) and weight_of(reader) is not None:
+        return f"it is a factor already, in front of {reader.name}"
     return ""
 
 

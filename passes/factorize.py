@@ -34,7 +34,7 @@ from onnxc.ops import weight_of
 
 Array = NDArray[Any]
 Ints = tuple[int, ...]
-Method = Literal["auto", "svd", "channel", "spatial", "tucker", "cp", "depthwise", "grouped"]
+Method = Literal["auto", "svd", "channel", "spatial", "tucker", "cp", "depthwise", "grouped", "tt"]
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,11 @@ class Factorize:
         wanted: Sequence[str] = [self.method]
         if self.method == "auto":
             wanted = [name for name in STRUCTURES if lowrank.is_quick(name, layer.shape)]
-        return [name for name in wanted if not lowrank.why_not(name, layer.shape)]
+        return [name for name in wanted if not layer.why_not(name)]
 
     def _given(self, layer: Layer) -> Choice:
         choice = self.choices[layer.name]
-        why = lowrank.why_not(choice.method, layer.shape)
+        why = layer.why_not(choice.method)
         if why or not lowrank.has_ranks(choice.method, layer.shape, choice.ranks):
             why = why or "its shape has no such ranks"
             raise OptionError(f"{layer.name!r} cannot have {choice}: {why}")
@@ -174,9 +174,7 @@ class Factorize:
             return reasons.get(layer.name, "stays whole: no ranks are given for it")
         names = STRUCTURES if self.method == "auto" else (self.method,)
         rule = self.rule
-        found = {
-            lowrank.why_not(n, layer.shape) or (rule.why_not(n) if rule else "") for n in names
-        }
+        found = {layer.why_not(n) or (rule.why_not(n) if rule else "") for n in names}
         if len(found) == 1 and (why := found.pop()):
             return why
         if rule is not None:

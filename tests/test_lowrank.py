@@ -22,13 +22,14 @@ from onnxc.numerics.lowrank import (
     sketch,
     why_not,
 )
-from onnxc.numerics.lowrank_structures import STRUCTURES, Stage
+from onnxc.numerics.lowrank_ranks import Rule
+from onnxc.numerics.lowrank_structures import STRUCTURES, Stage, halves
 from onnxc.numerics.multilinear import compose, error, refine
 
 Array = NDArray[Any]
 Ints = tuple[int, ...]
 
-KERNELS = sorted(set(STRUCTURES) - {"svd"})
+KERNELS = sorted(name for name, row in STRUCTURES.items() if row.kernel)
 every_kernel = pytest.mark.parametrize("method", KERNELS)
 
 
@@ -50,6 +51,50 @@ def planted(method: str, shape: Ints, rank: Ints, seed: int = 0) -> Array:
     sizes = row.shapes((o, c, *parts), rank)
     made = compose(row.spec, [rng(seed + i).standard_normal(s) for i, s in enumerate(sizes)])
     return made.reshape(1, o, c, *kernel)
+
+
+def test_halves_of_a_size_are_as_near_as_there_are() -> None:
+    sizes = (1, 12, 36, 1280, 97)
+    assert [halves(n) for n in sizes] == [(1, 1), (4, 3), (6, 6), (40, 32), (97, 1)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 99))
+def test_a_planted_train_comes_back(r: int, seed: int) -> None:
+    """A sum of r Kronecker products, in any metric."""
+    W = planted("tt", (1, 24, 20), (r,), seed)
+    parts = W.reshape(6, 4, 4, 5).transpose(0, 2, 1, 3).reshape(24, 20)
+    assert np.linalg.matrix_rank(parts) == r
+    for H in (None, metric(20, seed)):
+        assert factorize("tt", W, H, (r,)).error < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_train_is_never_worse_with_data(seed: int) -> None:
+    """On rows that it was not fitted to, and beside its closed form alone."""
+    W, mixed = rng(seed).standard_normal((1, 24, 30)), rng(seed + 1).standard_normal((30, 30))
+    train, held = (rng(seed + i).standard_normal((600, 30)) @ mixed for i in (2, 3))
+    H, other = ((x.T @ x / len(x))[None] for x in (train, held))
+    for r in (1, 3, 6, 12):
+        blind, seeing = factorize("tt", W, None, (r,)), factorize("tt", W, H, (r,))
+        assert lost(W, seeing.made, other) < 0.95 * lost(W, blind.made, other)
+        row = STRUCTURES["tt"]
+        start = compose(row.spec, row.start(W[0].reshape(6, 4, 5, 6), H[0], (r,)))
+        assert seeing.error <= lost(W, start.reshape(W.shape), H) * (1 + 1e-9)
+
+
+def test_the_last_core_is_the_least_squares_solution() -> None:
+    """Against the normal equations of all outputs at once, by their features."""
+    row, H = STRUCTURES["tt"], metric(20)[0]
+    W = rng().standard_normal((6, 4, 4, 5))
+    factors = row.start(W, np.eye(20), (3,))
+    solved = refine(row.spec, factors, W, H, 1)
+    basis = np.eye(12).reshape(12, 3, 4)
+    M = compose(row.spec, [solved[0], basis]).reshape(12, 4, 20)
+    left = np.linalg.cholesky(H)
+    A, b = (M @ left).reshape(12, -1), (W.reshape(6, 4, 20) @ left).reshape(6, -1)
+    expected = np.linalg.lstsq(A.T, b.T, rcond=None)[0].T.reshape(6, 3, 4)
+    np.testing.assert_allclose(solved[1], expected, atol=1e-8)
 
 
 def lost(W: Array, made: Array, H: Array) -> float:
@@ -113,6 +158,7 @@ def test_more_rank_is_never_worse(method: str) -> None:
 def applied(stages: tuple[Stage, ...], x: Array) -> Array:
     """What the layers make of one patch x (groups · c, *kernel): each one takes its own axes."""
     for stage in stages:
+        x = x.reshape(-1, *stage.sample[1:]) if stage.sample else x
         g, (m, _, *kernel) = stage.groups, stage.weight.shape
         split = x.reshape(g, -1, *x.shape[1:])
         weight = stage.weight.reshape(g, m // g, *stage.weight.shape[1:])
@@ -154,6 +200,32 @@ def test_costs_are_those_of_the_layers(method: str) -> None:
         assert macs(method, shape, rank, (2, 2)) >= macs(method, shape, rank)
 
 
+def test_a_train_does_what_it_claims_and_costs_what_is_told() -> None:
+    W = rng().standard_normal((1, 24, 30))
+    for (r,) in ranks("tt", W.shape)[::4]:
+        found = factorize("tt", W, None, (r,))
+        right, left = found.stages
+        x = rng(1).standard_normal(30)
+        middle = x.reshape(-1, *right.sample) @ right.weight.T
+        y = left.weight[:, :, 0] @ middle.reshape(left.sample)
+        np.testing.assert_allclose(y.reshape(-1), found.made[0] @ x, atol=1e-9)
+        size = right.weight.size + left.weight.size
+        assert parameters("tt", W.shape, (r,)) == pytest.approx(size / W.size)
+        assert macs("tt", W.shape, (r,)) == pytest.approx(r * (1 / 6 + 1 / 6))
+        assert [s.weight.shape for s in sketch("tt", W.shape, (r,))] == [
+            s.weight.shape for s in found.stages
+        ]
+    assert factorize("tt", W, None, ranks("tt", W.shape)[-1]).error < 1e-12
+
+
+def test_none_takes_more_macs_than_the_layer() -> None:
+    """A train of few weights may multiply more than the matrix does."""
+    shape = (1, 64, 64)
+    picked = pick("tt", shape, 0.5, unit="params")
+    assert picked == (4,) and macs("tt", shape, picked) == 1.0
+    assert parameters("tt", shape, (16,)) <= 0.5 < macs("tt", shape, (16,))
+
+
 def test_large_ranks_keep_to_multiples() -> None:
     assert {r % 16 for (r,) in ranks("channel", (1, 256, 256, 3, 3), 16)} == {0}
     assert (10,) in ranks("channel", (1, 16, 16, 3, 3), 16)
@@ -168,6 +240,9 @@ def test_large_ranks_keep_to_multiples() -> None:
         ("spatial", (1, 8, 8, 3), "two axes"),
         ("spatial", (8, 1, 1, 3, 3), "one output of each group"),
         ("cp", (1, 8, 8, 1, 3), "two axes"),
+        ("tt", (1, 8, 8, 3, 3), "has a kernel"),
+        ("tt", (1, 8, 13), "13 is a prime"),
+        ("tt", (1, 7, 8), "7 is a prime"),
     ],
 )
 def test_what_a_structure_is_not_for(method: str, shape: Ints, reason: str) -> None:
@@ -218,3 +293,8 @@ def test_choices_are_the_best_there_are(layers: int, seed: int, share: float) ->
     assert total(costs, found) <= share * layers * (1 + 1e-6)
     best = min(total(losses, p) for p in allowed)
     assert total(losses, found) == pytest.approx(best, abs=1e-12)
+
+
+def test_vbmf_finds_the_kronecker_products_under_noise() -> None:
+    W = planted("tt", (1, 64, 64), (2,)) + 0.3 * rng(9).standard_normal((1, 64, 64))
+    assert Rule("vbmf").ranks("tt", W, None) == (2,)

@@ -12,11 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxc.numerics.lowrank_structures import MANY_SWEEPS, STRUCTURES, SWEEPS, Stage, seen
+from onnxc.numerics.lowrank_structures import (
+    MANY_SWEEPS,
+    STRUCTURES,
+    SWEEPS,
+    Stage,
+    halves,
+    seen,
+)
 from onnxc.numerics.multilinear import STEPS, Floats, compose, error, refine
 
 Ints = tuple[int, ...]
@@ -47,6 +54,9 @@ def why_not(method: str, shape: Ints) -> str:
         return f"{method} is for matrices, and it has a kernel"
     if row.kernel and row.parts > wide:
         return f"{method} splits a kernel of two axes or more, and it has one"
+    prime = next((n for n in (o, c) if row.splits and 1 in halves(n)), None)
+    if prime is not None:
+        return f"{method} takes both sizes apart, and {prime} is a prime"
     return "" if ranks(method, shape) else f"{method} has no rank for its shape"
 
 
@@ -95,13 +105,14 @@ def pick(
 ) -> Ints | None:
     """The largest ranks that cost at most a share; None where there are none.
 
-    unit: of the cost, "params" for the number of weights, anything else for MACs.
+    unit: of the cost, "params" for the number of weights, anything else for MACs. None take more
+    MACs than the layer.
     """
     best: tuple[Ints | None, float] = (None, 0.0)
     for found in ranks(method, shape, multiple):
-        is_size = unit == "params"
-        cost = parameters(method, shape, found) if is_size else macs(method, shape, found, strides)
-        if best[1] < cost <= share:
+        work = macs(method, shape, found, strides)
+        cost = parameters(method, shape, found) if unit == "params" else work
+        if best[1] < cost <= share and work <= 1:
             best = found, cost
     return best[0]
 
@@ -109,12 +120,14 @@ def pick(
 def macs(method: str, shape: Ints, ranks: Ints, strides: Ints = ()) -> float:
     """Multiply-accumulates of the layers over those of the one that they replace."""
     _, o, c, *kernel = shape
-    total = 0.0
+    total, width = 0.0, c
     done: set[int] = set()
     for stage in _empty(method, shape, ranks):
         done |= set(stage.axes)
         ahead = math.prod(s for axis, s in enumerate(strides) if axis not in done)
-        total += stage.weight.size * ahead
+        times = width // stage.sample[0] if stage.sample else 1
+        total += stage.weight.size * ahead * times
+        width = times * len(stage.weight)
     return total / (o * c * math.prod(kernel))
 
 
@@ -129,7 +142,7 @@ def sketch(method: str, shape: Ints, ranks: Ints) -> tuple[Stage, ...]:
     """The layers for weights of this shape, filled with a number: what can be timed."""
     stages = _empty(method, shape, ranks)
     whole = (_side_by_side([stage] * shape[0]) for stage in stages)
-    return tuple(Stage(np.full(s.weight.shape, FILL), s.axes, s.groups) for s in whole)
+    return tuple(replace(s, weight=np.full(s.weight.shape, FILL)) for s in whole)
 
 
 def factorize(method: str, W: Floats, H: Floats | None, ranks: Ints) -> Factors:
@@ -184,4 +197,4 @@ def _dims(method: str, shape: Ints) -> Ints:
 def _side_by_side(stages: Sequence[Stage]) -> Stage:
     """The same layer of several groups as one."""
     weight = np.concatenate([stage.weight for stage in stages])
-    return Stage(weight, stages[0].axes, len(stages) * stages[0].groups)
+    return replace(stages[0], weight=weight, groups=len(stages) * stages[0].groups)

@@ -55,16 +55,33 @@ def channel(W: Floats, H: Floats, ranks: Ints) -> list[Floats]:
 
 
 def spatial(W: Floats, H: Floats, ranks: Ints) -> list[Floats]:
-    """Rank r of (o j) × (c i), where H is taken for the product of its shares in (c i) and in j."""
+    """Rank r of (o j) × (c i)."""
     o, c, i, j = W.shape
-    first, second = _root(_share(H, (c, i, j), (0, 1))), _root(_share(H, (c, i, j), (2,)))
-    white = np.einsum("ocij,jk,cia->oka", W, second, first.reshape(c, i, -1))
-    U, sigma, Vt = np.linalg.svd(white.reshape(o * j, c * i), full_matrices=False)
-    r = ranks[0]
+    shares = _share(H, (c, i, j), (2,)), _share(H, (c, i, j), (0, 1))
+    parted = W.reshape(o, c * i, j).swapaxes(1, 2)[:, None]
+    A, B = _parted(parted, *shares, ranks[0])
+    return [A.reshape(-1, c, i), B]
+
+
+def train(W: Floats, H: Floats, ranks: Ints) -> list[Floats]:
+    """Rank r of (o1 c1) × (o2 c2)."""
+    sizes = W.shape[2:]
+    return _parted(W, _share(H, sizes, (0,)), _share(H, sizes, (1,)), ranks[0])
+
+
+def _parted(W: Floats, S: Floats, T: Floats, r: int) -> list[Floats]:
+    """A (r, q, t) and B (p, r, s), the best of rank r for W (p, q, s, t) as (p s) × (q t).
+
+    H is taken for the product of its shares S in s and T in t.
+    """
+    p, q, s, t = W.shape
+    left, right = _root(S), _root(T)
+    white = np.einsum("pqst,sk,ta->pkqa", W, left, right, optimize=True)
+    U, sigma, Vt = np.linalg.svd(white.reshape(p * s, q * t), full_matrices=False)
     root = np.sqrt(sigma[:r])
-    A = np.linalg.solve(first.T, Vt[:r].T * root).T
-    B = np.einsum("okr,kj->orj", (U[:, :r] * root).reshape(o, j, r), np.linalg.inv(second))
-    return [A.reshape(r, c, i), B]
+    A = (Vt[:r].T * root).T.reshape(-1, t) @ np.linalg.inv(right)
+    B = np.einsum("pkr,ks->prs", (U[:, :r] * root).reshape(p, s, -1), np.linalg.inv(left))
+    return [A.reshape(-1, q, t), B]
 
 
 def tucker(W: Floats, H: Floats, ranks: Ints) -> list[Floats]:

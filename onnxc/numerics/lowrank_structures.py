@@ -7,6 +7,14 @@
     cp           1×1, k×1 and 1×k on single channels, 1×1        Lebedev 2015; Phan 2020
     depthwise    k×k on single channels, r for each, then 1×1    Guo 2018
     grouped      k×k in groups of channels, then 1×1             Peng 2018
+    tt           a tensor train of two cores, without a kernel   Novikov 2015; Van Loan 2000
+
+The cores of a train take both sizes apart, o = o1 o2 and c = c1 c2,
+
+    W[(o1 o2), (c1 c2)] ≈ Σ_r G1[o1 r c1] G2[r o2 c2],
+
+a sum of r Kronecker products. From the right, no step needs a transposition: x seen as (c1, c2)
+times G2 is (c1, r o2), which seen as (c1 r, o2) is multiplied by G1 at each of o2 positions.
 
 Each one is an Einstein sum (`onnxc.numerics.multilinear`) with a closed form for its first factors
 (`onnxc.numerics.lowrank_starts`).
@@ -34,12 +42,15 @@ SPLITS = (2, 4, 8)  # groups of input channels
 class Stage:
     """One layer of several in a row: a convolution's weight (M, C / groups, *kernel).
 
-    axes: the spatial axes that it moves along, with their strides, dilations and pads.
+    axes: the spatial axes that it moves along, with their strides, dilations and pads. sample: the
+    axes of what it takes for one sample, channels first: x is reshaped to (-1, *sample); empty
+    where it takes x as it is.
     """
 
     weight: Floats
     axes: Ints = ()
     groups: int = 1
+    sample: Ints = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,8 @@ class Structure:
     layers of factors, for a kernel. parts: how many axes kernels are seen as. kernel: whether it
     is made for kernels, or for matrices. sweeps: of least squares after the start. counts: which
     ranks count channels of a layer, that kernels work on in multiples. unfold: the matrices of
-    (o, c, *kernel) that have the ranks; None where ranks are not those of matrices.
+    (o, c, *kernel) that have the ranks; None where ranks are not those of matrices. splits: whether
+    o and c are taken apart, so that its layers take x for other samples than it comes in.
     """
 
     spec: str
@@ -65,6 +77,13 @@ class Structure:
     sweeps: int = SWEEPS
     counts: Ints = (0,)
     unfold: Callable[[Floats], list[Floats]] | None = None
+    splits: bool = False
+
+
+def halves(size: int) -> Ints:
+    """Two factors of a size, the larger one first, as near to each other as there are."""
+    small = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+    return size // small, small
 
 
 def seen(parts: int, shape: Ints) -> Ints:
@@ -170,6 +189,35 @@ def _ladder_grouped(dims: Ints) -> list[Ints]:
     return sorted(found, key=lambda ranks: ranks[0] * ranks[1] * (c // ranks[0] * k + o))
 
 
+def _split_train(dims: Ints) -> Ints:
+    """(o1, o2, c1, c2), o1 and c2 the larger ones, for the MACs are r o c (1 / o1 + 1 / c2)."""
+    o, c, _ = dims
+    return (*halves(o), *reversed(halves(c)))
+
+
+def _shapes_train(dims: Ints, ranks: Ints) -> list[Ints]:
+    o1, o2, c1, c2 = _split_train(dims)
+    return [(*ranks, o2, c2), (o1, *ranks, c1)]
+
+
+def _stages_train(factors: Sequence[Floats], kernel: Ints) -> list[Stage]:
+    G2, G1 = factors
+    r, o2, c2 = G2.shape
+    o1, _, c1 = G1.shape
+    left = G1.transpose(0, 2, 1).reshape(o1, c1 * r, 1)
+    return [Stage(G2.reshape(r * o2, c2), sample=(c2,)), Stage(left, sample=(c1 * r, o2))]
+
+
+def _ladder_train(dims: Ints) -> list[Ints]:
+    o1, o2, c1, c2 = _split_train(dims)
+    return [] if 1 in (o2, c1) else [(r,) for r in range(1, min(o1 * c1, o2 * c2) + 1)]
+
+
+def _unfold_train(W: Floats) -> list[Floats]:
+    o1, o2, c1, c2 = _split_train(seen(1, W.shape))
+    return [W.reshape(o1, o2, c1, c2).swapaxes(1, 2).reshape(o1 * c1, o2 * c2)]
+
+
 def _channel(kernel: bool) -> Structure:
     return Structure(
         "rck,or->ock",
@@ -241,5 +289,17 @@ STRUCTURES: dict[str, Structure] = {
         start=lambda W, H, ranks: starts.grouped(W, H, ranks[1]),
         stages=_stages_grouped,
         counts=(),
+    ),
+    "tt": Structure(
+        "rbd,arc->abcd",
+        view=lambda dims, ranks: _split_train(dims),
+        shapes=_shapes_train,
+        ladder=_ladder_train,
+        start=starts.train,
+        stages=_stages_train,
+        kernel=False,
+        counts=(),
+        unfold=_unfold_train,
+        splits=True,
     ),
 }

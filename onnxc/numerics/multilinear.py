@@ -143,15 +143,34 @@ def _solved(normal: Operator, right: Floats, start: Floats, steps: int) -> Float
 def _solved_last(
     spec: str, factors: Sequence[Floats], goal: Floats, H: Floats, scale: float
 ) -> Floats:
-    """The last factor, (outputs, …), from what the others make of x: M x, one row a feature."""
+    """The last factor, (outputs, …), from the second moments of what the others make of x."""
     last = factors[-1]
     count = math.prod(last.shape[1:])
-    basis = np.eye(count).reshape(count, *last.shape[1:])
-    M = compose(spec, [*factors[:-1], basis]).reshape(count, -1)
-    normal = M @ H @ M.T + scale * np.eye(count)
-    right = goal.reshape(len(last), -1) @ M.T
+    normal = _moments(spec, factors[:-1], goal.shape, H).reshape(count, count)
+    normal = normal + scale * np.eye(count)
+    right = _adjoint(spec, factors, len(factors) - 1)(goal).reshape(len(last), count)
     found = right @ np.linalg.pinv(normal, rcond=RANK, hermitian=True)
     return np.asarray(found.reshape(last.shape))
+
+
+def _moments(spec: str, others: Sequence[Floats], shape: tuple[int, ...], H: Floats) -> Floats:
+    """Second moments of the features that the last factor multiplies, axes twice as its own.
+
+    F is what the others make; axes of the result that x does not have are summed over.
+    """
+    inputs, result = spec.split("->")
+    *letters, last = inputs.split(",")
+    kept = "".join(dict.fromkeys(n for n in "".join(letters) if n in last[1:] + result))
+    F = _sum(",".join(letters) + "->" + kept, *others)
+    first = next(a for a in range(1, len(shape)) if math.prod(shape[a:]) == len(H))
+    rows = result[first:]
+    again = {n: n.upper() for n in rows + last if n not in result[:first]}
+
+    def second(part: str) -> str:
+        return "".join(again.get(n, n) for n in part)
+
+    whole = f"{kept},{second(kept)},{rows}{second(rows)}->{last[1:]}{second(last[1:])}"
+    return _sum(whole, F, F, H.reshape(shape[first:] * 2))
 
 
 def _is_last_alone(spec: str) -> bool:
