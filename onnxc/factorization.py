@@ -57,6 +57,7 @@ class FactorizeSettings:
     faster: whether layers whose factors are not faster here stay whole; by default where the method
     is left to onnxc, or latency is asked for.
     reconstruct: whether layers are refit to the original's outputs, one after the other.
+    nonlinear: whether the ReLU behind a layer is looked at when it is refit.
     """
 
     method: Method = "auto"
@@ -68,6 +69,7 @@ class FactorizeSettings:
     allocation: Literal["global", "uniform"] = "global"
     faster: bool | None = None
     reconstruct: bool = True
+    nonlinear: bool = False
 
     def __post_init__(self) -> None:
         given = [n for n in UNITS if getattr(self, n) is not None]
@@ -136,7 +138,9 @@ WHOLE = Option()
 def ways(settings: FactorizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The one way, named by what stays and how it was allocated."""
     factorize = _planned(settings, piece)
-    refit: tuple[Pass, ...] = (Reconstruct(),) if settings.reconstruct else ()
+    refit: tuple[Pass, ...] = (
+        (Reconstruct(nonlinear=settings.nonlinear),) if settings.reconstruct else ()
+    )
     return {settings.summary: (factorize, *refit)}
 
 

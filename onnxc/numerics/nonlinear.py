@@ -1,0 +1,220 @@
+"""Refit the weights of a linear layer to what the activation behind it ought to give.
+
+With rows x̂ of the layer's input, t of what it ought to give and a of what is added behind it (the
+other summand of a residual block, 0 where there is none), u = W x̂ + b + a, and
+r(u) = min(max(u, 0), h) a ReLU, clipped at h or not,
+
+    Ŵ, b̂ = argmin E‖r(t + a) − r(u)‖²
+
+This is Zhang 2016 ("Accelerating very deep convolutional networks for classification and
+detection", §3.2). What is below zero needs no weights, so that those there are do more for the
+rest. With g = r(t + a), auxiliary z and a penalty λ it alternates between
+
+    z = argmin (g − r(z))² + λ (z − u)²     each number alone: the best of min(0, u),
+                                            r((λ u + g) / (λ + 1)) and max(h, u)
+    W, b = argmin E‖z − u‖² + ridge         linear, as in `onnxc.numerics.refit`
+
+from the linear solution on, while λ grows from 0.01 to 1. Each output keeps the step that was the
+best for it, and the linear solution where that is better for rows of samples that neither of them
+was fitted to: samples are kept in two folds, and each fold judges what the other one teaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxc.numerics.refit import Fit, Moments, Sums, solve
+
+Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+PENALTIES = (*map(float, np.geomspace(0.01, 1, 25)), 1.0, 1.0, 1.0)  # λ, step by step
+AT_ONCE = 2048  # rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows x̂, (groups, n, d); t and a, (groups, n, outputs), a None for zero; float32."""
+
+    x: Singles
+    t: Singles
+    a: Singles | None = None
+
+    @property
+    def count(self) -> int:
+        return int(self.x.shape[1])
+
+    def cut(self, most: int = AT_ONCE) -> Iterator[Rows]:
+        """A few rows at a time."""
+        for begin in range(0, self.count, most):
+            part = slice(begin, begin + most)
+            yield Rows(
+                self.x[:, part], self.t[:, part], None if self.a is None else self.a[:, part]
+            )
+
+    def goal(self, high: float) -> Singles:
+        """g."""
+        return through(self.t if self.a is None else self.t + self.a, high)
+
+    def made(self, W: Floats, b: Floats) -> Singles:
+        """u."""
+        u = self.x @ W.astype(np.float32).transpose(0, 2, 1) + b.astype(np.float32)[:, None, :]
+        return np.asarray(u if self.a is None else u + self.a)
+
+
+Parts = Sequence[Rows]
+
+
+@dataclass(frozen=True)
+class Bent:
+    """Weights W (groups, outputs, d) and b (groups, outputs) that know of the activation.
+
+    better: outputs for which they are better than the linear ones, the others have those. before,
+    after: squared errors behind the activation, of rows that the weights were not fitted to, summed
+    over all outputs with weights; of the linear solution, and of this one.
+    """
+
+    W: Floats
+    b: Floats
+    better: Mask
+    before: float
+    after: float
+
+
+def through(u: Singles, high: float) -> Singles:
+    """r(u). high: h, infinite for a plain ReLU."""
+    return np.asarray(np.clip(u, 0, np.float32(high)))
+
+
+def bend(
+    sums: Sequence[Sums],
+    rows: Sequence[Parts],
+    W: Floats,
+    b: Floats,
+    fit: Fit,
+    is_biased: bool = True,
+    high: float = np.inf,
+) -> Bent:
+    """The weights of the module's docstring, from a linear fit on.
+
+    sums, rows: of two folds of samples. W, b: as they were; zeros of W stay zero. fit: what `refit`
+    made of the sums. With fewer rows than inputs, nothing is better.
+    """
+    kept, counts = W != 0, [sum(part.count for part in fold) for fold in rows]
+    if min(counts) < W.shape[2]:
+        return Bent(fit.W, fit.b, np.zeros(b.shape, bool), 0.0, 0.0)
+    before, after = np.zeros(b.shape), np.zeros(b.shape)
+    for fold, known, other, n in zip(sums, rows, rows[::-1], counts[::-1], strict=True):
+        start = solve(fold.moments(is_biased), W, b, kept, fit.ridge, is_biased)
+        bent = alternate(known, *start, kept, fit.ridge, is_biased, high)
+        before += n * error(other, *start, high)
+        after += n * error(other, *bent, high)
+    used = kept.any(axis=2)
+    better = used & (after < before)
+    totals = (float(e[used].sum()) / sum(counts) for e in (before, np.minimum(before, after)))
+    if not better.any():
+        return Bent(fit.W, fit.b, better, *totals)
+    both = [*rows[0], *rows[1]]
+    found, c = alternate(both, fit.W, fit.b, kept, fit.ridge, is_biased, high)
+    return Bent(
+        np.where(better[:, :, None], found, fit.W), np.where(better, c, fit.b), better, *totals
+    )
+
+
+def error(parts: Parts, W: Floats, b: Floats, high: float = np.inf) -> Floats:
+    """E|r(t + a) − r(u)|² of each output, (groups, outputs)."""
+    total, count = np.zeros(b.shape), sum(part.count for part in parts)
+    for rows in _cut(parts):
+        total += _squares(rows.goal(high) - through(rows.made(W, b), high))
+    return total / max(count, 1)
+
+
+def alternate(
+    parts: Parts,
+    W: Floats,
+    b: Floats,
+    kept: Mask,
+    ridge: float,
+    is_biased: bool = True,
+    high: float = np.inf,
+    penalties: Sequence[float] = PENALTIES,
+) -> tuple[Floats, Floats]:
+    """Weights and biases of the least error on these rows, of all steps from W and b on.
+
+    kept: where W may change. ridge: how much it is held to what it is given as.
+    """
+    H, mean = _inputs(parts, is_biased)
+    best, least = (W, b), np.full(b.shape, np.inf)
+    none, step, shift = (np.zeros_like(W), np.zeros_like(b)), np.zeros_like(W), np.zeros_like(b)
+    for penalty in penalties:
+        T, t, errors = _sweep(parts, W + step, b + shift, penalty, high)
+        best, least = _best(best, least, (W + step, b + shift), errors)
+        T -= t[:, :, None] * mean[:, None, :] if is_biased else 0
+        T, t = T + step @ H, t + _apply(step, mean) + shift  # of z less u at the start
+        moments = Moments(H, T, np.zeros_like(t), mean, t)
+        step, shift = solve(moments, *none, kept, ridge, is_biased)
+    now = W + step, b + shift
+    return _best(best, least, now, error(parts, *now, high))[0]
+
+
+def _inputs(parts: Parts, is_biased: bool) -> tuple[Floats, Floats]:
+    """H and mu of the rows, H about the mean where there is a bias to take it up."""
+    total = Sums()
+    for rows in _cut(parts):
+        x = rows.x.astype(np.float64)
+        total = total + Sums.of(x, np.zeros((*x.shape[:2], 0)))
+    moments = total.moments(is_biased)
+    return moments.H, moments.x
+
+
+def _sweep(
+    parts: Parts, W: Floats, b: Floats, penalty: float, high: float
+) -> tuple[Floats, Floats, Floats]:
+    """E[(z − u) x̂ᵀ], E[z − u] and the error of each output, for the best z."""
+    T, t, errors = np.zeros_like(W), np.zeros_like(b), np.zeros_like(b)
+    count = sum(part.count for part in parts)
+    for rows in _cut(parts):
+        u, g = rows.made(W, b), rows.goal(high)
+        errors += _squares(g - through(u, high))
+        less = targets(g, u, penalty, high) - u
+        T += less.transpose(0, 2, 1) @ rows.x
+        t += less.sum(axis=1, dtype=np.float64)
+    return T / count, t / count, errors / count
+
+
+def targets(g: Singles, u: Singles, penalty: float, high: float = np.inf) -> Singles:
+    """The best z for goals g behind the activation and values u in front of it."""
+    weight = np.float32(penalty)
+    best = through((weight * u + g) / (weight + 1), high)
+    least = (g - best) ** 2 + weight * (best - u) ** 2
+    for z in (np.minimum(u, 0), np.maximum(u, np.float32(high)))[: 1 if np.isinf(high) else 2]:
+        cost = (g - through(z, high)) ** 2 + weight * (z - u) ** 2
+        best, least = np.where(cost < least, z, best), np.minimum(cost, least)
+    return np.asarray(best)
+
+
+def _best(
+    best: tuple[Floats, Floats], least: Floats, now: tuple[Floats, Floats], errors: Floats
+) -> tuple[tuple[Floats, Floats], Floats]:
+    """Weights and biases of each output with its least error."""
+    better = errors < least
+    W, b = np.where(better[:, :, None], now[0], best[0]), np.where(better, now[1], best[1])
+    return (W, b), np.minimum(errors, least)
+
+
+def _cut(parts: Parts) -> Iterator[Rows]:
+    return (rows for part in parts for rows in part.cut())
+
+
+def _squares(x: Singles) -> Floats:
+    """Sums of squares over the rows."""
+    return np.asarray(np.einsum("gno,gno->go", x, x, dtype=np.float64))
+
+
+def _apply(W: Floats, x: Floats) -> Floats:
+    return np.asarray(np.einsum("god,gd->go", W, x))
