@@ -258,11 +258,9 @@ def _bias_of(node: gs.Node) -> Array:
 
 
 def _told(bent: Bent) -> str:
-    """What the activation gained; nothing where it did not."""
-    if not bent.better.any():
-        return ""
-    less = 1 - bent.after / bent.before
-    return f", behind the activation {less:.1%} less of it ({bent.better.sum()} outputs)"
+    """What is gained behind the activation, where something is."""
+    less = 1 - bent.after / bent.before if bent.better.any() else 0.0
+    return f", {less:.1%} less of it behind the activation" if less else ""
 
 
 def _write(graph: gs.Graph, node: gs.Node, W: Array, b: Array, what: str) -> Change:
