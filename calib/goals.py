@@ -113,7 +113,7 @@ class GoalObserver:
 
 @dataclass
 class RowsObserver:
-    """Some rows of x̂ and t, and of what is added to t, in two folds. samples: so far.
+    """Some rows of x̂, of the goal's tensor and of what it is less, in two folds. samples: so far.
 
     expected: samples that there will be, which share KEPT bytes.
     """
@@ -124,10 +124,10 @@ class RowsObserver:
     samples: int = 0
 
     def update(
-        self, x: Array, t: Array, samples: int | None = None, added: Array | None = None
+        self, x: Array, t: Array, samples: int | None = None, a: Array | None = None
     ) -> None:
         """Keep some rows of a batch that holds so many samples."""
-        tensors = (x, t) if added is None else (x, t, added)
+        tensors = (x, t) if a is None else (x, t, a)
         for count, taken in self.cut.parts(tensors, samples, self._wanted(*tensors)):
             for fold in range(2):
                 chosen = slice((self.samples + fold) % 2, None, 2)

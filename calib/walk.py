@@ -176,13 +176,12 @@ class Pair:
             observer.update(x, samples)
             return
         assert key.goal is not None
-        t = self._less(self.original, index, key.goal.tensor, key.goal.minus)
+        name, minus = key.goal.tensor, key.goal.minus
         if isinstance(observer, GoalObserver):
-            observer.update(x, t, samples)
+            observer.update(x, self._less(self.original, index, name, minus), samples)
             return
-        minus = key.goal.minus
         added = None if minus is None else self.current.get(index, minus)
-        observer.update(x, t, samples, added)
+        observer.update(x, self.original.get(index, name), samples, added)
 
     def _less(self, walk: Walk, index: int, name: str, minus: str | None) -> Array:
         """A tensor of one of the models, less one of the rewritten model."""

@@ -1,14 +1,14 @@
 """Refit the weights of a linear layer to what the activation behind it ought to give.
 
-With rows x̂ of the layer's input, t of what it ought to give and a of what is added behind it (the
-other summand of a residual block, 0 where there is none), u = W x̂ + b + a, and
+With rows x̂ of the layer's input, u = W x̂ + b + a in front of the activation, a what is added behind
+the layer (the other summand of a residual block, 0 where there is none), t what u ought to be, and
 r(u) = min(max(u, 0), h) a ReLU, clipped at h or not,
 
-    Ŵ, b̂ = argmin E‖r(t + a) − r(u)‖²
+    Ŵ, b̂ = argmin E‖r(t) − r(u)‖²
 
 This is Zhang 2016 ("Accelerating very deep convolutional networks for classification and
 detection", §3.2). What is below zero needs no weights, so that those there are do more for the
-rest. With g = r(t + a), auxiliary z and a penalty λ it alternates between
+rest. With g = r(t), auxiliary z and a penalty λ it alternates between
 
     z = argmin (g − r(z))² + λ (z − u)²     each number alone
     W, b = argmin E‖z − u‖² + ridge         linear, as in `onnxc.numerics.refit`
@@ -69,12 +69,15 @@ class Rows:
 
     def goal(self, high: float) -> Singles:
         """g."""
-        return through(self.t if self.a is None else self.t + self.a, high)
+        return through(self.t, high)
 
     def made(self, W: Floats, b: Floats) -> Singles:
         """u."""
-        u = self.x @ W.astype(np.float32).transpose(0, 2, 1) + b.astype(np.float32)[:, None, :]
-        return np.asarray(u if self.a is None else u + self.a)
+        u = self.x @ W.astype(np.float32).transpose(0, 2, 1)
+        u += b.astype(np.float32)[:, None, :]
+        if self.a is not None:
+            u += self.a
+        return u
 
 
 Parts = Sequence[Rows]
@@ -145,7 +148,7 @@ def _held_out(held: Sequence[Parts], made: Sequence[tuple[Floats, Floats]], high
 
 
 def error(parts: Parts, W: Floats, b: Floats, high: float = np.inf) -> Floats:
-    """E|r(t + a) − r(u)|² of each output, (groups, outputs)."""
+    """E|r(t) − r(u)|² of each output, (groups, outputs)."""
     total = np.zeros(b.shape)
     for rows in _cut(parts):
         total += _squares(rows.goal(high) - through(rows.made(W, b), high))
@@ -201,18 +204,18 @@ def _sweep(
         errors += _squares(g - through(u, high))
         less = pull(g, u, penalty, high)
         T += less.transpose(0, 2, 1) @ rows.x
-        t += less.sum(axis=1, dtype=np.float64)
+        t += less.sum(axis=1)
     return T / count, t / count, errors / count
 
 
 def pull(g: Singles, u: Singles, penalty: float, high: float = np.inf) -> Singles:
     """The best z less u, for goals g behind the activation and values u in front of it."""
     c = np.float32(np.sqrt(1 + 1 / penalty) - 1)
-    is_near = u > -c * g
+    step = g - u
+    step *= u > -c * g if c else u > 0
     if np.isfinite(high):
-        is_near &= u < high + c * (high - g)
-    length = np.float32(1 if np.isinf(penalty) else 1 / (1 + penalty))
-    return np.asarray(np.where(is_near, length * (g - u), np.float32(0)))
+        step *= u < high + c * (high - g)
+    return step if np.isinf(penalty) else step * np.float32(1 / (1 + penalty))
 
 
 def _best(
@@ -233,8 +236,8 @@ def _cut(parts: Parts) -> Iterator[Rows]:
 
 
 def _squares(x: Singles) -> Floats:
-    """Sums of squares over the rows."""
-    return np.asarray(np.einsum("gno,gno->go", x, x, dtype=np.float64))
+    """Sums of squares over some rows."""
+    return np.asarray(np.einsum("gno,gno->go", x, x), np.float64)
 
 
 def _apply(W: Floats, x: Floats) -> Floats:
