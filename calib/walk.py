@@ -21,7 +21,7 @@ from onnx import ModelProto, NodeProto
 
 from calib import tap
 from calib.data import Dataset
-from calib.goals import GoalObserver
+from calib.goals import Cut, GoalObserver, RowsObserver
 from calib.inputs import Feed, fixed_batch
 from calib.observe import rows_of
 from calib.observers import Streaming, observer_of
@@ -35,6 +35,7 @@ from onnxc.runtime import Runtime
 from onnxc.stages import Source, staged
 
 Array = NDArray[Any]
+Observed = GoalObserver | RowsObserver | Streaming
 
 LIVE = 64 << 20  # activations of a batch
 LARGEST_BATCH = 64
@@ -149,7 +150,7 @@ class Pair:
         for kept in (self.inputs, self.original.held, self.current.held):
             kept.__exit__(kind, error, trace)
 
-    def gather(self, keys: Collection[Key]) -> dict[Key, GoalObserver | Streaming]:
+    def gather(self, keys: Collection[Key]) -> dict[Key, Observed]:
         """Statistics of tensors of the rewritten model as it is, and of goals in the original.
 
         Raises ModelError for a tensor that is not there, DataError for one that is not finite.
@@ -160,7 +161,7 @@ class Pair:
         self.original.reach([goal.tensor for goal in goals])
         less = [key.minus for key in keys] + [goal.minus for goal in goals]
         self.current.reach([*(key.tensor for key in keys), *filter(None, less)])
-        found = {key: _empty(key) for key in keys}
+        found = {key: _empty(key, sum(self.samples)) for key in keys}
         for index in range(len(self.samples)):
             for key, observer in found.items():
                 self._observe(key, observer, index)
@@ -169,14 +170,18 @@ class Pair:
                 raise DataError(f"tensor {key.tensor!r} or its goal holds NaN or infinity")
         return found
 
-    def _observe(self, key: Key, observer: GoalObserver | Streaming, index: int) -> None:
+    def _observe(self, key: Key, observer: Observed, index: int) -> None:
         x, samples = self._less(self.current, index, key.tensor, key.minus), self.samples[index]
-        if isinstance(observer, GoalObserver):
-            assert key.goal is not None
-            t = self._less(self.original, index, key.goal.tensor, key.goal.minus)
-            observer.update(x, t, samples)
-        else:
+        if not isinstance(observer, GoalObserver | RowsObserver):
             observer.update(x, samples)
+            return
+        assert key.goal is not None
+        name, minus = key.goal.tensor, key.goal.minus
+        if isinstance(observer, GoalObserver):
+            observer.update(x, self._less(self.original, index, name, minus), samples)
+            return
+        added = None if minus is None else self.current.get(index, minus)
+        observer.update(x, self.original.get(index, name), samples, added)
 
     def _less(self, walk: Walk, index: int, name: str, minus: str | None) -> Array:
         """A tensor of one of the models, less one of the rewritten model."""
@@ -184,11 +189,12 @@ class Pair:
         return x if minus is None else np.asarray(x - self.current.get(index, minus))
 
 
-def _empty(key: Key) -> GoalObserver | Streaming:
+def _empty(key: Key, samples: int) -> Observed:
+    """What observes a key over so many samples."""
     if key.goal is None:
         return observer_of(key)
-    axis = 1 if key.axis is None else key.axis
-    return GoalObserver(axis, key.window or Window(), key.goal.axis)
+    cut = Cut(1 if key.axis is None else key.axis, key.window or Window(), key.goal.axis)
+    return RowsObserver(cut, samples) if key.what == "rows" else GoalObserver(cut)
 
 
 def _batch(model: Model, dataset: Dataset, max_memory: int | None) -> int:

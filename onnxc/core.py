@@ -36,10 +36,10 @@ class Goal:
 class Key:
     """One statistic of one tensor.
 
-    what: a row of `calib.observers.OBSERVERS`, "drift" (see `Perturbs`) or "goal" (see
+    what: a row of `calib.observers.OBSERVERS`, "drift" (see `Perturbs`), "goal" or "rows" (see
     `Sequential`). axis: the channel axis of a per-channel statistic, or None for one over the whole
     tensor. minus: the statistic is of the difference from this tensor. window: how the layer that
-    reads the tensor cuts it into rows, for "moments" and "goal". goal: for "goal".
+    reads the tensor cuts it into rows, for "moments", "goal" and "rows". goal: for the latter two.
     """
 
     tensor: str
@@ -118,8 +118,8 @@ class Sequential(Protocol):
 
     `steps` gives passes in the order of the graph: what a step wants is gathered once the steps
     before it are applied, and a step changes no node that an earlier step's tensors depend on. Only
-    steps may want "goal": the moments of a layer's input in the rewritten graph together with what
-    it ought to give, see `calib.goals`.
+    steps may want "goal", the moments of a layer's input in the rewritten graph together with what
+    it ought to give, and "rows", some rows of both: see `calib.goals`.
     """
 
     def steps(self, graph: gs.Graph, context: Context) -> Iterable[Pass]: ...

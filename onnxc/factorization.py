@@ -51,6 +51,7 @@ class FactorizeSettings:
     faster: whether layers whose factors are not faster here stay whole; by default that is so
     unless each layer is told what to become, by ranks or by a uniform share of one method.
     reconstruct: whether layers are refit to the original's outputs, one after the other.
+    nonlinear: whether the ReLU behind a layer is looked at when it is refit.
     """
 
     method: Method = "auto"
@@ -63,6 +64,7 @@ class FactorizeSettings:
     allocation: Literal["global", "uniform"] = "global"
     faster: bool | None = None
     reconstruct: bool = True
+    nonlinear: bool = False
 
     def __post_init__(self) -> None:
         given = [n for n in UNITS if getattr(self, n) is not None]
@@ -112,7 +114,9 @@ class FactorizeSettings:
 def ways(settings: FactorizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The one way, named by what stays and how it was allocated."""
     factorize = _planned(settings, piece)
-    refit: tuple[Pass, ...] = (Reconstruct(),) if settings.reconstruct else ()
+    refit: tuple[Pass, ...] = (
+        (Reconstruct(nonlinear=settings.nonlinear),) if settings.reconstruct else ()
+    )
     return {settings.summary: (factorize, *refit)}
 
 

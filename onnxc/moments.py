@@ -22,7 +22,7 @@ Array = NDArray[Any]
 def moments_key(node: gs.Node, what: str = "moments") -> Key | None:
     """The key of the moments of a node's input; None where `why_no_moments` says why.
 
-    what: "moments", or "goal" for a key that is then given its goal.
+    what: "moments", or "goal" or "rows" for a key that is then given its goal.
     """
     row = knowledge(node)
     if row.x_axis is None or row.window is None or why_no_moments(node):

@@ -50,6 +50,7 @@ class PruneSettings:
     allocation: whether groups share the loss so that it hurts least, or all lose the same share.
     criterion: what tells which channels of a group go.
     reconstruct: whether layers are refit to the original's outputs, one after the other.
+    nonlinear: whether the ReLU behind a layer is looked at when it is refit.
     """
 
     ratio: float | None = None
@@ -58,6 +59,7 @@ class PruneSettings:
     allocation: Literal["global", "uniform"] = "global"
     criterion: Name = "obs"
     reconstruct: bool = True
+    nonlinear: bool = False
 
     def __post_init__(self) -> None:
         given = [n for n in ("ratio", "macs", "latency") if getattr(self, n) is not None]
@@ -89,7 +91,9 @@ def ways(settings: PruneSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, 
         prune = Prune(ratio=settings.ratio, criterion=settings.criterion)
     else:
         prune = _allocated(settings, piece)
-    refit: tuple[Pass, ...] = (Reconstruct(),) if settings.reconstruct else ()
+    refit: tuple[Pass, ...] = (
+        (Reconstruct(nonlinear=settings.nonlinear),) if settings.reconstruct else ()
+    )
     name = f"{100 * share:g} % of the {what}, {settings.allocation}, {settings.criterion}"
     return {name: (prune, *refit, Shrink())}
 

@@ -13,12 +13,15 @@ sum s = y + r, it is
 so that what the residual stream has gone wrong by is made good at each block (He 2017, "Channel
 pruning for accelerating very deep neural networks", §3.2 on multi-branch networks). No label and no
 gradient is used.
+
+With `nonlinear`, what counts is the error behind the activation, where a ReLU follows the node or
+its sum: see `onnxc.numerics.nonlinear` (Zhang 2016, §3.2).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -31,8 +34,9 @@ from onnxc.core import Change, Context, Goal, Key, Pass, Skip, register
 from onnxc.graph import captured, constant, fresh, nbytes, store, values
 from onnxc.moments import from_matrix, matrix, moments_key, why_no_moments
 from onnxc.moved import moved
-from onnxc.numerics.refit import Fit, refit
-from onnxc.ops import data_inputs, is_constant, knowledge, weight_of
+from onnxc.numerics.nonlinear import Bent, bend
+from onnxc.numerics.refit import Fit, Sums, refit
+from onnxc.ops import bounds, data_inputs, is_absorbed, is_constant, knowledge, weight_of
 
 Array = NDArray[Any]
 
@@ -46,12 +50,15 @@ class Reconstruct:
     """Refit the weights that are not zero, layer after layer, to the original's outputs.
 
     blocks: where an output only goes into a sum, let the sum come out as in the original.
+    nonlinear: where a ReLU follows, let what comes out of it be as in the original, which takes
+    several times as long.
     """
 
     name: ClassVar[str] = "reconstruct"
     lossless: ClassVar[bool] = False
 
     blocks: bool = True
+    nonlinear: bool = False
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         for step in self.steps(graph, context):
@@ -71,7 +78,8 @@ class Reconstruct:
                 goal = None if reason else self._goal(node, graph, context)
                 if goal is not None and changed.isdisjoint((node.outputs[0].name, goal.minus)):
                     reason = "not refit: it computes what it did in the original"
-                yield RefitNode(node.name, goal, reason)
+                high = _high(node, goal, graph) if goal is not None and self.nonlinear else None
+                yield RefitNode(node.name, goal, reason, high)
 
     def _goal(self, node: gs.Node, graph: gs.Graph, context: Context) -> Goal:
         own = Goal(node.outputs[0].name, knowledge(node).y_axis)
@@ -80,30 +88,51 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class RefitNode:
-    """Refit one node. goal: what it ought to give. obstacle: why it cannot be refit, or empty."""
+    """Refit one node. goal: what it ought to give. obstacle: why it cannot be refit, or empty.
+
+    high: the largest output of the ReLU that follows, None where none does or it is not looked at.
+    """
 
     node: str
     goal: Goal | None
     obstacle: str = ""
+    high: float | None = None
     name: ClassVar[str] = "refit-node"
     lossless: ClassVar[bool] = False
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        return [] if self.obstacle else [self._key(graph)]
+        whats = ("goal",) if self.high is None else ("goal", "rows")
+        return [] if self.obstacle else [self._key(graph, what) for what in whats]
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         if self.obstacle:
             return [Skip(self.node, self.obstacle)]
-        key = self._key(graph)
-        if key not in context.stats:
+        found, rows = (context.stats.get(self._key(graph, what)) for what in ("goal", "rows"))
+        if found is None:
             return [Skip(self.node, "not refit: its outputs were not compared with the original's")]
-        return [_refit(graph, self._find(graph), context.stats[key])]
+        return [self._refit(graph, self._find(graph), found, rows)]
+
+    def _refit(self, graph: gs.Graph, node: gs.Node, found: Any, rows: Any) -> Change | Skip:
+        weight = weight_of(node)
+        assert weight is not None
+        W = matrix(node, values(weight).astype(np.float64))
+        b = _bias_of(node).reshape(W.shape[:2])
+        best = _fit(node, found.folds, W, b)
+        scale = float(sum(s.variance().sum() for s in found.folds))
+        if not best.after < best.before or scale <= 0:
+            return Skip(node.name, "not refit: nothing lowers the error of its outputs")
+        what = f"refit, error of its outputs {best.before / scale:.2%} to {best.after / scale:.2%}"
+        if rows is None or self.high is None:
+            return _write(graph, node, best.W, best.b, what)
+        is_biased = _has_bias(node) or bool(best.b.any())
+        bent = bend(found.folds, rows.folds, W, b, best, is_biased, self.high)
+        return _write(graph, node, bent.W, bent.b, what + _told(bent))
 
     def _find(self, graph: gs.Graph) -> gs.Node:
         return next(node for node in graph.nodes if node.name == self.node)
 
-    def _key(self, graph: gs.Graph) -> Key:
-        key = moments_key(self._find(graph), "goal")
+    def _key(self, graph: gs.Graph, what: str) -> Key:
+        key = moments_key(self._find(graph), what)
         assert key is not None
         return replace(key, goal=self.goal)
 
@@ -204,6 +233,7 @@ def _depends_on_later(tensor: gs.Tensor, node: gs.Node, graph: gs.Graph) -> bool
     return False
 
 
+<<<<<<< HEAD
 def _refit(graph: gs.Graph, node: gs.Node, found: Any) -> Change | Skip:
     weight, row = weight_of(node), knowledge(node)
     assert weight is not None
@@ -220,17 +250,50 @@ def _refit(graph: gs.Graph, node: gs.Node, found: Any) -> Change | Skip:
 
 
 def _write(graph: gs.Graph, node: gs.Node, best: Fit, scale: float) -> Change:
+=======
+def _high(node: gs.Node, goal: Goal, graph: gs.Graph) -> float | None:
+    """The largest output of the ReLU that alone reads a node's output, or the sum it goes into."""
+    y = node.outputs[0] if goal.minus is None else node.outputs[0].outputs[0].outputs[0]
+    pinned = {t.name for t in graph.outputs} | captured(graph)
+    is_alone = len(y.outputs) == 1 and y.name not in pinned
+    return bounds(y.outputs[0])[1] if is_alone and is_absorbed(y.outputs[0]) else None
+
+
+def _fit(node: gs.Node, folds: Sequence[Sums], W: Array, b: Array) -> Fit:
+    """The best linear fit, with a bias that is not there yet where that is worth it."""
+    best = refit(folds, W, b, _has_bias(node))
+    if knowledge(node).bias is None or _has_bias(node):
+        return best
+    more = refit(folds, W, b, True)
+    return more if more.after < (1 - WORTH) * best.after else best
+
+
+def _bias_of(node: gs.Node) -> Array:
+    channels = _channels(node)
+    if not _has_bias(node):
+        return np.zeros(channels)
+    bias = values(node.inputs[knowledge(node).bias]).astype(np.float64)
+    return np.broadcast_to(bias.reshape(-1), channels)
+
+
+def _told(bent: Bent) -> str:
+    """What is gained behind the activation, where something is."""
+    less = 1 - bent.after / bent.before if bent.better.any() else 0.0
+    return f", {less:.1%} less of it behind the activation" if less else ""
+
+
+def _write(graph: gs.Graph, node: gs.Node, W: Array, b: Array, what: str) -> Change:
+>>>>>>> nl
     weight, row = weight_of(node), knowledge(node)
     assert weight is not None and row.weight is not None
     old = [t for t in node.inputs if isinstance(t, gs.Constant)]
     before = sum(map(nbytes, old))
-    array = from_matrix(node, best.W, tuple(weight.shape)).astype(weight.dtype)
+    array = from_matrix(node, W, tuple(weight.shape)).astype(weight.dtype)
     node.inputs[row.weight] = store(graph, fresh(graph, f"{weight.name}_refit"), array)
-    if row.bias is not None and (_has_bias(node) or best.b.any()):
-        _set_bias(graph, node, best.b.reshape(-1).astype(weight.dtype))
+    if row.bias is not None and (_has_bias(node) or b.any()):
+        _set_bias(graph, node, b.reshape(-1).astype(weight.dtype))
     after = sum(nbytes(t) for t in node.inputs if isinstance(t, gs.Constant))
-    shares = f"{best.before / scale:.2%} to {best.after / scale:.2%}"
-    return Change(node.name, f"refit, error of its outputs {shares}", before, after)
+    return Change(node.name, what, before, after)
 
 
 def _set_bias(graph: gs.Graph, node: gs.Node, bias: Array) -> None:

@@ -425,7 +425,7 @@ def test_a_recurrent_layer_is_fitted_to_its_input() -> None:
     pass_.apply(model.graph, replace(context(model), stats={key: seen}))
     pass_.apply(blind.graph, context(blind))
     errors = [float(np.abs(before["y"] - outputs(m, feed)["y"]).max()) for m in (model, blind)]
-    assert errors[0] < 0.02 < errors[1]
+    assert errors[0] < errors[1] / 4
 
 
 def test_layers_that_stay_say_why() -> None:

@@ -31,7 +31,7 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["--macs", 0.8, "--no-faster"],
         ["--params", 0.8, "--no-faster"],
         ["--sqnr", 20, "--no-faster"],
-        ["--macs", 0.9, "--allocation", "uniform", "--method", "svd"],
+        ["--macs", 0.9, "--allocation", "uniform", "--method", "svd", "--nonlinear"],
     ],
 )
 def test_layers_are_factorized_and_the_recipe_replays_it(extra: list[Any], capsys: Any) -> None:

@@ -11,6 +11,7 @@ from calls import call, report_of
 import onnxc
 from onnxc.recipe import loads
 from passes.prune import Prune
+from passes.reconstruct import Reconstruct
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 MODEL, DATA = MODELS / "digits_transformer.onnx", MODELS / "digits_transformer_calib.npz"
@@ -80,3 +81,13 @@ def test_a_budget_that_cannot_be_met_is_said(capsys: Any) -> None:
 def test_options_that_mean_nothing_are_told(options: list[str], words: str, capsys: Any) -> None:
     assert call(*ARGUMENTS, *options) == 2
     assert words in capsys.readouterr().err
+
+
+def test_layers_are_refit_through_their_relus_where_asked_for(capsys: Any) -> None:
+    model, data = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn_calib.npz"
+    arguments = ("prune", model, "--data", data, "--samples", 40, "--ratio", 0.3)
+    arguments = (*arguments, "--allocation", "uniform", "-o", "o.onnx")
+    found = report_of(capsys, *arguments, "--nonlinear")
+    _, refit, _ = loads(found["recipe"]).passes
+    assert isinstance(refit, Reconstruct) and refit.nonlinear
+    assert any("behind the activation" in change["what"] for change in found["changes"])
