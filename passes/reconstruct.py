@@ -116,7 +116,7 @@ class RefitNode:
         weight = weight_of(node)
         assert weight is not None
         W = matrix(node, values(weight).astype(np.float64))
-        b = _bias_of(node).reshape(W.shape[:2])
+        b = bias_of(node).reshape(W.shape[:2])
         best = _fit(node, found.folds, W, b)
         scale = float(sum(s.variance().sum() for s in found.folds))
         if not best.after < best.before or scale <= 0:
@@ -233,24 +233,6 @@ def _depends_on_later(tensor: gs.Tensor, node: gs.Node, graph: gs.Graph) -> bool
     return False
 
 
-<<<<<<< HEAD
-def _refit(graph: gs.Graph, node: gs.Node, found: Any) -> Change | Skip:
-    weight, row = weight_of(node), knowledge(node)
-    assert weight is not None
-    W = matrix(node, values(weight).astype(np.float64))
-    b = bias_of(node).reshape(W.shape[:2])
-    best = refit(found.folds, W, b, _has_bias(node))
-    if row.bias is not None and not _has_bias(node):
-        more = refit(found.folds, W, b, True)
-        best = more if more.after < (1 - WORTH) * best.after else best
-    scale = float(sum(s.variance().sum() for s in found.folds))
-    if not best.after < best.before or scale <= 0:
-        return Skip(node.name, "not refit: nothing lowers the error of its outputs")
-    return _write(graph, node, best, scale)
-
-
-def _write(graph: gs.Graph, node: gs.Node, best: Fit, scale: float) -> Change:
-=======
 def _high(node: gs.Node, goal: Goal, graph: gs.Graph) -> float | None:
     """The largest output of the ReLU that alone reads a node's output, or the sum it goes into."""
     y = node.outputs[0] if goal.minus is None else node.outputs[0].outputs[0].outputs[0]
@@ -268,14 +250,6 @@ def _fit(node: gs.Node, folds: Sequence[Sums], W: Array, b: Array) -> Fit:
     return more if more.after < (1 - WORTH) * best.after else best
 
 
-def _bias_of(node: gs.Node) -> Array:
-    channels = _channels(node)
-    if not _has_bias(node):
-        return np.zeros(channels)
-    bias = values(node.inputs[knowledge(node).bias]).astype(np.float64)
-    return np.broadcast_to(bias.reshape(-1), channels)
-
-
 def _told(bent: Bent) -> str:
     """What is gained behind the activation, where something is."""
     less = 1 - bent.after / bent.before if bent.better.any() else 0.0
@@ -283,7 +257,6 @@ def _told(bent: Bent) -> str:
 
 
 def _write(graph: gs.Graph, node: gs.Node, W: Array, b: Array, what: str) -> Change:
->>>>>>> nl
     weight, row = weight_of(node), knowledge(node)
     assert weight is not None and row.weight is not None
     old = [t for t in node.inputs if isinstance(t, gs.Constant)]
