@@ -33,6 +33,7 @@ Operator = Callable[[Floats], Floats]
 STEPS = 8  # of conjugate gradients for a factor, each time it has its turn
 CLOSE = 1e-8  # ‖residual‖ / ‖right side‖ at which they end
 RANK = 1e-12  # relative: directions of the features that count as none
+LARGEST = 1 << 26  # numbers between two contractions; by default einsum does all at once instead
 SETTLED = 1e-4  # relative fall of the error in a sweep below which sweeps end
 
 
@@ -45,7 +46,7 @@ def compose(spec: str, factors: Sequence[NDArray[Any]]) -> Floats:
 def _path(spec: str, shapes: tuple[tuple[int, ...], ...]) -> list[Any]:
     """The order of contractions, which takes longer to find than to follow."""
     zeros = [np.broadcast_to(np.float64(0), shape) for shape in shapes]
-    return list(np.einsum_path(spec, *zeros, optimize="optimal")[0])
+    return list(np.einsum_path(spec, *zeros, optimize=("optimal", LARGEST))[0])
 
 
 def _sum(spec: str, *arrays: NDArray[Any]) -> Floats:
