@@ -1,0 +1,277 @@
+"""Coders of a stream of bytes: as they are, zstandard, Huffman, or rANS under told models.
+
+A coded stream is a head, which says how, and a payload. rANS (constriction's `AnsCoder`, Duda 2013)
+comes within 0.1 % of the entropy of its models (`onnxc.numerics.entropy`), one for all symbols or
+one for each channel. The smallest wins. zstandard at its highest level is slow, so a stream that is
+not small is judged first: what its lowest level makes of all of it, times what the highest one gains
+on a part. It runs in full where that comes near the others.
+
+Heads are written in numbers of 7 bits a byte, the low ones first, as protobuf does.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxc.errors import ModelError, OptionError
+from onnxc.numerics import entropy
+
+Array = NDArray[Any]
+Bytes = NDArray[np.uint8]
+
+RAW, ZSTD, HUFFMAN, RANS = range(4)
+NAMES = ("stored", "zstd", "Huffman", "rANS")  # of coders, in the order of their numbers
+LEVEL = 19  # of zstandard
+SMALL = 1 << 13  # bytes up to which every coder runs
+PART, MOST = 512, 1 << 16  # of a larger stream one part in so many is tried; bytes of it at most
+PIECE = 1 << 18  # symbols that are coded at once
+EXPANSION = 1 << 16  # bytes that a byte may stand for, at most; zstandard reaches 1 << 15
+ROW = 128  # symbols of a channel that may have a model of its own
+TABLES = 1 << 18  # entries of the histograms of channels, at most
+GAIN = 255 / 256  # of the size that a coder must stay below to be worth its time
+BOLD = 0.95  # the same of zstandard on a stream that is only a part of a form
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A coded stream: what tells how to read it, and its bytes."""
+
+    head: bytes
+    payload: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + len(self.payload)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of `size` symbols from `low` on, told by knots (channels, m); bits: what all costs."""
+
+    low: int
+    size: int
+    step: int
+    knots: Bytes
+    bits: float
+
+    @property
+    def head(self) -> bytes:
+        told = numbers(len(self.knots), self.low, self.size - 1, self.step)
+        return told + self.knots.tobytes()
+
+    def weights(self) -> Array:
+        return entropy.weights(self.knots, self.step, self.size)
+
+
+class Head:
+    """Reads numbers and bytes from the front of a head. Raises ModelError past its end."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def number(self) -> int:
+        value = shift = 0
+        while shift < 63:
+            (digit,) = self.bytes(1)
+            value |= (digit & 127) << shift
+            if digit < 128:
+                return value
+            shift += 7
+        raise ModelError("a number in it is too large")
+
+    def bytes(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise ModelError("a description in it is too short")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+
+def numbers(*values: int) -> bytes:
+    """The bytes of whole numbers in a head."""
+    digits = bytearray()
+    for value in values:
+        while value > 127:
+            digits.append(value & 127 | 128)
+            value >>= 7
+        digits.append(value)
+    return bytes(digits)
+
+
+def libraries() -> tuple[ModuleType, ModuleType]:
+    """constriction and zstandard. Raises OptionError that names the extra to install."""
+    try:
+        import constriction
+        import zstandard
+    except ImportError as error:
+        raise OptionError(
+            'packed models need constriction and zstandard: pip install "onnxc[pack]"'
+        ) from error
+    return constriction, zstandard
+
+
+def encode(data: Bytes, channels: int = 1, thorough: bool = False) -> Coded:
+    """A stream by the coder that makes it smallest.
+
+    channels: rows of equal length that may have models of their own. thorough: zstandard runs in
+    full on large streams too.
+    """
+    if not data.size:
+        return stored(data)
+    model = model_of(histograms(data, channels))
+    best = rans(data, model) if model.bits / 8 < GAIN * data.size else stored(data)
+    return general(data, best.size, thorough, BOLD) or best
+
+
+def decode(head: Head, payload: memoryview, size: int) -> tuple[Bytes, int]:
+    """So many bytes of a stream, and how many of the payload they took. Raises ModelError."""
+    coder, length = head.number(), head.number()
+    if coder >= len(NAMES) or length > len(payload):
+        raise ModelError("a stream in it is of an unknown kind, or too short")
+    part = payload[:length]
+    if coder == RANS:
+        return _from_rans(head, part, size), length
+    unpack = {RAW: _as_is, ZSTD: _from_zstd, HUFFMAN: _from_huffman}[coder]
+    data = np.frombuffer(unpack(part, size), np.uint8)
+    if data.size != size:
+        raise ModelError("a stream in it has another length than declared")
+    return data, length
+
+
+def stored(data: Bytes) -> Coded:
+    """A stream as it is."""
+    return Coded(numbers(RAW, data.size), data.tobytes())
+
+
+def histograms(data: Bytes, channels: int = 1) -> NDArray[np.int64]:
+    """How often each byte is in each of so many equal rows; one row where they are too short."""
+    rows = channels if channels > 1 and data.size >= ROW * channels else 1
+    rows = rows if data.size % rows == 0 and 256 * rows <= TABLES else 1
+    pieces = data.reshape(rows, -1)
+    counts = np.zeros((rows, 256), np.int64)
+    for row, piece in zip(counts, pieces, strict=True):
+        for start in range(0, piece.size, PIECE):
+            row += np.bincount(piece[start : start + PIECE], minlength=256)
+    return counts
+
+
+def model_of(counts: Array) -> Model:
+    """The cheapest model of a histogram (channels, k): one for all, or one for each channel."""
+    used = np.flatnonzero(counts.sum(axis=0))
+    low, high = (int(used[0]), int(used[-1])) if used.size else (0, 0)
+    inside = counts[:, low : high + 1].astype(np.float64)
+    fits = [entropy.fit(inside.sum(axis=0, keepdims=True))]
+    fits += [entropy.fit(inside)] if len(counts) > 1 else []
+    found = min(fits, key=lambda fit: fit.bits)
+    return Model(low, high - low + 1, found.step, found.knots, found.bits)
+
+
+def rans(data: Bytes, model: Model) -> Coded:
+    """A stream of symbols that are all in the model."""
+    coder = libraries()[0].stream.stack.AnsCoder()
+    rows = data.reshape(len(model.knots), -1)
+    if model.size > 1:
+        for row, law in zip(rows[::-1], _laws(model)[::-1], strict=True):
+            for start in reversed(range(0, row.size, PIECE)):
+                piece = np.subtract(row[start : start + PIECE], model.low, dtype=np.int32)
+                coder.encode_reverse(piece, law)
+    payload = coder.get_compressed().astype("<u4").tobytes()
+    return Coded(numbers(RANS, len(payload)) + model.head, payload)
+
+
+def _laws(model: Model) -> list[Any]:
+    """constriction's models with these weights, which are whole: their sums are exact."""
+    categorical = libraries()[0].stream.model.Categorical
+    return [categorical(w.astype(np.float64), perfect=False) for w in model.weights()]
+
+
+def _from_rans(head: Head, payload: memoryview, size: int) -> Bytes:
+    channels, low, count, step = (head.number() for _ in range(4))
+    model_size = count + 1
+    is_sound = step in entropy.STEPS and low + model_size <= 256 and len(payload) % 4 == 0
+    if not is_sound or not channels or size % channels:
+        raise ModelError("a model in it is damaged")
+    length = entropy.knot_count(model_size, step)
+    knots = np.frombuffer(head.bytes(channels * length), np.uint8).reshape(channels, length)
+    model = Model(low, model_size, step, knots, 0.0)
+    if model_size == 1:
+        return np.full(size, low, np.uint8)
+    data = np.empty((channels, size // channels), np.uint8)
+    try:
+        coder = libraries()[0].stream.stack.AnsCoder(np.frombuffer(payload, "<u4").astype("u4"))
+    except ValueError as error:
+        raise ModelError("a stream in it is damaged") from error
+    for row, law in zip(data, _laws(model), strict=True):
+        for start in range(0, row.size, PIECE):
+            piece = row[start : start + PIECE]
+            np.add(coder.decode(law, piece.size), low, out=piece, casting="unsafe")
+    if not coder.is_empty():
+        raise ModelError("a stream in it is longer than its tensor")
+    return data.reshape(-1)
+
+
+def general(
+    data: Bytes, least: float, thorough: bool = False, gain: float = GAIN
+) -> Coded | None:
+    """The smaller of zstandard and Huffman, if it is below `least` bytes; None if neither is.
+
+    gain: share of `least` that a coder is expected to stay below where it runs on a large stream.
+    """
+    is_all = thorough or data.size <= SMALL
+    part = data[data.size // 2 :][: min(max(data.size // PART, SMALL // 2), MOST)]
+    found = [zstd(data)] if is_all or _expected_zstd(data, part) < gain * least else []
+    if is_all or _huffman(part).size * data.size < gain * least * part.size:
+        found.append(_huffman(data))
+    best = min(found, key=lambda coded: coded.size, default=None)
+    return best if best is not None and best.size < least else None
+
+
+def _expected_zstd(data: Bytes, part: Bytes) -> float:
+    """About how many bytes the highest level leaves of a stream."""
+    compress = libraries()[1].compress
+    low, high = (len(compress(part, level)) for level in (1, LEVEL))
+    return float(len(compress(data, 1)) * high / low)
+
+
+def zstd(data: Bytes) -> Coded:
+    payload = libraries()[1].compress(data, LEVEL)
+    return Coded(numbers(ZSTD, len(payload)), payload)
+
+
+def _huffman(data: Bytes) -> Coded:
+    """Deflate that looks for no repeats: blocks of symbols, each with a code of its own."""
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    payload = deflate.compress(data) + deflate.flush()
+    return Coded(numbers(HUFFMAN, len(payload)), payload)
+
+
+def _as_is(payload: memoryview, size: int) -> memoryview:
+    return payload
+
+
+def _from_zstd(payload: memoryview, size: int) -> bytes:
+    zstandard = libraries()[1]
+    try:
+        if zstandard.frame_content_size(payload) != size:
+            raise ModelError("a stream in it has another length than declared")
+        reader = zstandard.ZstdDecompressor()
+        data: bytes = reader.decompress(payload, size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ModelError("a stream in it is damaged") from error
+    return data
+
+
+def _from_huffman(payload: memoryview, size: int) -> bytes:
+    inflate = zlib.decompressobj(-15)
+    try:
+        data = inflate.decompress(payload, size + 1)
+    except zlib.error as error:
+        raise ModelError("a stream in it is damaged") from error
+    if not inflate.eof or inflate.unused_data:
+        raise ModelError("a stream in it is damaged")
+    return data
