@@ -91,6 +91,12 @@ class Head:
         self.at += count
         return self.data[self.at - count : self.at]
 
+    def text(self) -> str:
+        try:
+            return self.bytes(self.number()).decode()
+        except UnicodeDecodeError as error:
+            raise ModelError("a name in it is no text") from error
+
 
 def numbers(*values: int) -> bytes:
     """The bytes of whole numbers in a head."""
@@ -136,7 +142,7 @@ def decode(head: Head, payload: memoryview, size: int) -> tuple[Bytes, int]:
     part = payload[:length]
     if coder == RANS:
         return _from_rans(head, part, size), length
-    unpack = {RAW: _as_is, ZSTD: _from_zstd, HUFFMAN: _from_huffman}[coder]
+    unpack = {RAW: _as_is, ZSTD: from_zstd, HUFFMAN: _from_huffman}[coder]
     data = np.frombuffer(unpack(part, size), np.uint8)
     if data.size != size:
         raise ModelError("a stream in it has another length than declared")
@@ -254,7 +260,7 @@ def _as_is(payload: memoryview, size: int) -> memoryview:
     return payload
 
 
-def _from_zstd(payload: memoryview, size: int) -> bytes:
+def from_zstd(payload: memoryview, size: int) -> bytes:
     zstandard = libraries()[1]
     try:
         if zstandard.frame_content_size(payload) != size:
