@@ -3,8 +3,8 @@
 A coded stream is a head, which says how, and a payload. rANS (constriction's `AnsCoder`, Duda 2013)
 comes within 0.1 % of the entropy of its models (`onnxc.numerics.entropy`), one for all symbols or
 one for each channel. The smallest wins. zstandard at its highest level is slow, so a stream that is
-not small is judged first: what its lowest level makes of all of it, times what the highest one gains
-on a part. It runs in full where that comes near the others.
+not small is judged first: what its lowest level makes of all of it, times what the highest one
+gains on a part. It runs in full where that is below the others.
 
 Heads are written in numbers of 7 bits a byte, the low ones first, as protobuf does.
 """
@@ -12,6 +12,7 @@ Heads are written in numbers of 7 bits a byte, the low ones first, as protobuf d
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -32,10 +33,9 @@ SMALL = 1 << 13  # bytes up to which every coder runs
 PART, MOST = 512, 1 << 16  # of a larger stream one part in so many is tried; bytes of it at most
 PIECE = 1 << 18  # symbols that are coded at once
 EXPANSION = 1 << 16  # bytes that a byte may stand for, at most; zstandard reaches 1 << 15
-ROW = 128  # symbols of a channel that may have a model of its own
-TABLES = 1 << 18  # entries of the histograms of channels, at most
+ROW = 256  # symbols of a channel that may have a model of its own
+TABLES = 1 << 16  # entries of the histograms of channels, at most
 GAIN = 255 / 256  # of the size that a coder must stay below to be worth its time
-BOLD = 0.95  # the same of zstandard on a stream that is only a part of a form
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Coded:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of `size` symbols from `low` on, told by knots (channels, m); bits: what all costs."""
+    """A model of `size` symbols from `low` on, told by knots (channels, m); bits: the whole cost."""
 
     low: int
     size: int
@@ -122,16 +122,16 @@ def libraries() -> tuple[ModuleType, ModuleType]:
 
 
 def encode(data: Bytes, channels: int = 1, thorough: bool = False) -> Coded:
-    """A stream by the coder that makes it smallest.
+    """A stream that is a part of a form, by the coder that makes it smallest.
 
-    channels: rows of equal length that may have models of their own. thorough: zstandard runs in
-    full on large streams too.
+    channels: rows of equal length that may have models of their own. thorough: every coder runs.
     """
-    if not data.size:
-        return stored(data)
-    model = model_of(histograms(data, channels))
-    best = rans(data, model) if model.bits / 8 < GAIN * data.size else stored(data)
-    return general(data, best.size, thorough, BOLD) or best
+    model = model_of(histograms(data, channels), 8 * GAIN * data.size)
+    best = stored(data) if model is None else rans(data, model)
+    compress = libraries()[1].compress
+    if thorough or len(compress(data, 1)) < best.size:
+        return general(data, best.size, True) or best
+    return best
 
 
 def decode(head: Head, payload: memoryview, size: int) -> tuple[Bytes, int]:
@@ -142,8 +142,7 @@ def decode(head: Head, payload: memoryview, size: int) -> tuple[Bytes, int]:
     part = payload[:length]
     if coder == RANS:
         return _from_rans(head, part, size), length
-    unpack = {RAW: _as_is, ZSTD: from_zstd, HUFFMAN: _from_huffman}[coder]
-    data = np.frombuffer(unpack(part, size), np.uint8)
+    data = np.frombuffer(_DECODERS[coder](part, size), np.uint8)
     if data.size != size:
         raise ModelError("a stream in it has another length than declared")
     return data, length
@@ -166,15 +165,21 @@ def histograms(data: Bytes, channels: int = 1) -> NDArray[np.int64]:
     return counts
 
 
-def model_of(counts: Array) -> Model:
-    """The cheapest model of a histogram (channels, k): one for all, or one for each channel."""
+def model_of(counts: Array, limit: float) -> Model | None:
+    """The cheapest model of a histogram (channels, k): one for all, or one for each channel.
+
+    None where it costs as many bits as the limit.
+    """
+    if entropy.entropy(counts) >= limit:
+        return None
     used = np.flatnonzero(counts.sum(axis=0))
     low, high = (int(used[0]), int(used[-1])) if used.size else (0, 0)
     inside = counts[:, low : high + 1].astype(np.float64)
-    fits = [entropy.fit(inside.sum(axis=0, keepdims=True))]
-    fits += [entropy.fit(inside)] if len(counts) > 1 else []
-    found = min(fits, key=lambda fit: fit.bits)
-    return Model(low, high - low + 1, found.step, found.knots, found.bits)
+    found = entropy.fit(inside.sum(axis=0, keepdims=True))
+    if len(inside) > 1 and entropy.entropy(inside) + 8 * len(inside) < found.bits:
+        found = min(found, entropy.fit(inside), key=lambda fit: fit.bits)
+    model = Model(low, high - low + 1, found.step, found.knots, found.bits)
+    return model if found.bits < limit else None
 
 
 def rans(data: Bytes, model: Model) -> Coded:
@@ -221,17 +226,12 @@ def _from_rans(head: Head, payload: memoryview, size: int) -> Bytes:
     return data.reshape(-1)
 
 
-def general(
-    data: Bytes, least: float, thorough: bool = False, gain: float = GAIN
-) -> Coded | None:
-    """The smaller of zstandard and Huffman, if it is below `least` bytes; None if neither is.
-
-    gain: share of `least` that a coder is expected to stay below where it runs on a large stream.
-    """
+def general(data: Bytes, least: float, thorough: bool = False) -> Coded | None:
+    """The smaller of zstandard and Huffman, if it is below `least` bytes; None if neither is."""
     is_all = thorough or data.size <= SMALL
     part = data[data.size // 2 :][: min(max(data.size // PART, SMALL // 2), MOST)]
-    found = [zstd(data)] if is_all or _expected_zstd(data, part) < gain * least else []
-    if is_all or _huffman(part).size * data.size < gain * least * part.size:
+    found = [zstd(data)] if is_all or _expected_zstd(data, part) < GAIN * least else []
+    if is_all or _huffman(part).size * data.size < GAIN * least * part.size:
         found.append(_huffman(data))
     best = min(found, key=lambda coded: coded.size, default=None)
     return best if best is not None and best.size < least else None
@@ -245,6 +245,7 @@ def _expected_zstd(data: Bytes, part: Bytes) -> float:
 
 
 def zstd(data: Bytes) -> Coded:
+    """A stream by zstandard, whatever comes of it."""
     payload = libraries()[1].compress(data, LEVEL)
     return Coded(numbers(ZSTD, len(payload)), payload)
 
@@ -252,7 +253,7 @@ def zstd(data: Bytes) -> Coded:
 def _huffman(data: Bytes) -> Coded:
     """Deflate that looks for no repeats: blocks of symbols, each with a code of its own."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    payload = deflate.compress(data) + deflate.flush()
+    payload = deflate.compress(data.data) + deflate.flush()
     return Coded(numbers(HUFFMAN, len(payload)), payload)
 
 
@@ -281,3 +282,10 @@ def _from_huffman(payload: memoryview, size: int) -> bytes:
     if not inflate.eof or inflate.unused_data:
         raise ModelError("a stream in it is damaged")
     return data
+
+
+_DECODERS: dict[int, Callable[[memoryview, int], bytes | memoryview]] = {
+    RAW: _as_is,
+    ZSTD: from_zstd,
+    HUFFMAN: _from_huffman,
+}

@@ -3,10 +3,10 @@
     magic · payloads of tensors · contents, by zstandard · end
 
 The end has a fixed length and tells where the contents lie. They list, for each file of the model,
-the pieces that are coded (`onnxc.streams`) and hold the rest of its bytes; so a file comes back byte
-for byte, whatever wrote it. Tensors that are coded alike share a payload. Payloads, tensors, contents
-and end have checksums (CRC-32), and no declared size is believed that is above 65,536 times what
-stands for it. Numbers are of 7 bits a byte, those of the end little-endian.
+the pieces that are coded (`onnxc.streams`), and hold the rest of its bytes; so a file comes back
+byte for byte, whatever wrote it. Tensors that are coded alike share a payload. Payloads, tensors,
+contents and end have checksums (CRC-32), and no declared size is believed that is above 65,536
+times what stands for it. Numbers are of 7 bits a byte, those of the end little-endian.
 """
 
 from __future__ import annotations
@@ -116,7 +116,10 @@ class _Packer:
         data = np.memmap(member.path, np.uint8, "r")
         for piece in member.pieces:
             rest.append(data[at : piece.start].tobytes())
-            told.append(numbers(piece.start - at) + self._piece(piece, np.array(data[piece.start : piece.stop])))
+            told.append(
+                numbers(piece.start - at)
+                + self._piece(piece, np.array(data[piece.start : piece.stop]))
+            )
             at = piece.stop
             self.done += 1
             said()
@@ -135,7 +138,7 @@ class _Packer:
         before = self.tallies.get(label, Tally(0, 0, 0))
         after = before.after + len(coded.head) + is_new * len(coded.payload)
         self.tallies[label] = Tally(before.tensors + 1, before.before + data.size, after)
-        name, sums = piece.name.encode(), (zlib.crc32(data), zlib.crc32(coded.payload))
+        name, sums = piece.name.encode(), (zlib.crc32(data.data), zlib.crc32(coded.payload))
         told = numbers(data.size, self.known[digest], len(coded.payload), *sums)
         return told + numbers(len(name)) + name + numbers(len(coded.head)) + coded.head
 
@@ -228,9 +231,9 @@ def _decoded(file: BinaryIO, place: Place) -> memoryview:
     except ModelError as error:
         raise ModelError(f"the package is damaged: weight {place.name!r}: {error}") from error
     is_whole = used == place.length and head.at == len(place.head) and data.size == place.size
-    if not is_whole or zlib.crc32(data) != place.sums[0]:
+    if not is_whole or zlib.crc32(data.data) != place.sums[0]:
         raise ModelError(f"the package is damaged: weight {place.name!r} has another checksum")
-    return memoryview(data)
+    return data.data
 
 
 def unpack(path: Path, output: Path, said: Said) -> list[Path]:

@@ -7,8 +7,8 @@
     zeros     a mask, and the elements that are not zero, in a form of their own
 
 A form is a head and a payload, as in `onnxc.coders`: the number of the form, what it needs to know,
-then its streams. Forms that are in question are coded, and the smallest is kept. None is larger than
-what zstandard makes of the bytes.
+then its streams. Forms that are in question are coded, and the smallest is kept. zstandard's highest
+level on the bytes as they are is always in question.
 """
 
 from __future__ import annotations
@@ -100,19 +100,19 @@ def _of_elements(data: Bytes, kind: Kind, thorough: bool) -> tuple[Coded, str]:
 def _of_bytes(data: Bytes, kind: Kind, thorough: bool) -> tuple[Coded, str]:
     """The best form of single bytes, which may hold packed indices."""
     counts = coders.histograms(data, kind.channels)
-    tried = {bits: coders.model_of(_counts_of_fields(counts, bits)) for bits in EVEN}
-    bits, model = min(tried.items(), key=lambda item: item[1].bits)
-    forms = []
-    if model.bits / 8 < coders.GAIN * data.size:
+    forms = [_bytes(coders.stored(data))]
+    limit, bits, model = 8 * coders.GAIN * data.size, 0, None
+    for width in EVEN:
+        found = coders.model_of(_counts_of_fields(counts, width), limit)
+        if found is not None:
+            limit, bits, model = found.bits, width, found
+    if model is not None:
         stream = coders.rans(symbols.fields(data, bits) if bits < 8 else data, model)
-        forms.append(_fields(stream, bits) if bits < 8 else _bytes(stream))
-    least = min([data.size, *(coded.size for coded, _ in forms)])
-    forms += [_odd(data, *fields) for fields in _odd_fields(data, least)]
+        forms = [_fields(stream, bits) if bits < 8 else _bytes(stream)]
+    forms += [_odd(data, *fields) for fields in _odd_fields(data, limit)]
     if counts[:, 0].sum() > MANY * data.size:
         forms.append(_zeros(data, kind, thorough))
-    least = min([data.size, *(coded.size for coded, _ in forms)])
-    forms += _general(data, least, thorough)
-    return _smallest(forms) if forms else _bytes(coders.stored(data))
+    return _smallest([*forms, *_general(data, _smallest(forms)[0].size, thorough)])
 
 
 def _general(data: Bytes, least: int, thorough: bool) -> list[tuple[Coded, str]]:
@@ -125,10 +125,10 @@ def _bytes(stream: Coded) -> tuple[Coded, str]:
 
 
 def _joined(form: int, told: bytes, streams: list[Coded]) -> tuple[Coded, str]:
-    """Streams behind what a form needs to know; the coder of the largest gives the name."""
+    """Streams behind what a form needs to know; the name tells the coder of most that is coded."""
     head = numbers(form) + told + b"".join(stream.head for stream in streams)
-    largest = max(streams, key=lambda stream: len(stream.payload))
-    coder = coders.NAMES[largest.head[0]]
+    most = max(streams, key=lambda stream: (stream.head[0] != coders.RAW, len(stream.payload)))
+    coder = coders.NAMES[most.head[0]]
     return Coded(head, b"".join(s.payload for s in streams)), f"{NAMES[form]}, {coder}"
 
 
@@ -165,21 +165,20 @@ def _fields(stream: Coded, bits: int, high_first: bool = False, tail: int = 0) -
     return _joined(FIELDS, numbers(bits, high_first, tail), [stream])
 
 
-def _odd_fields(data: Bytes, best: int) -> Iterator[tuple[int, bool]]:
-    """Bits and order of fields that seem to be below `best` bytes, judged by a part."""
+def _odd_fields(data: Bytes, best: float) -> Iterator[tuple[int, bool]]:
+    """Bits and order of fields that seem to be below `best` bits, judged by a part."""
     part = data[:_TRIED]
     limit = _WORTH * best * part.size / max(data.size, 1)
     for bits in ODD:
         for high_first in (False, True):
             counts = coders.histograms(symbols.fields(part, bits, high_first))
-            if coders.model_of(counts[:, : 1 << bits]).bits / 8 < limit:
+            if coders.model_of(counts[:, : 1 << bits], limit) is not None:
                 yield bits, high_first
 
 
 def _odd(data: Bytes, bits: int, high_first: bool) -> tuple[Coded, str]:
     found = symbols.fields(data, bits, high_first)
-    stream = coders.rans(found, coders.model_of(coders.histograms(found)))
-    return _fields(stream, bits, high_first, int(data[-1]))
+    return _fields(coders.encode(found), bits, high_first, int(data[-1]))
 
 
 def _counts_of_fields(counts: Array, bits: int) -> Array:
@@ -209,7 +208,9 @@ def _zeros(u: Array, kind: Kind, thorough: bool) -> tuple[Coded, str]:
     mask, kept = symbols.split_zeros(u)
     values, label = encode(kept.view(np.uint8), Kind(kind.width, kind.is_float), thorough)
     told = numbers(kind.width, kept.size)
-    return _joined(ZEROS, told, [coders.encode(mask, 1, thorough), values])[0], f"zeros apart, {label}"
+    return _joined(ZEROS, told, [coders.encode(mask, 1, thorough), values])[
+        0
+    ], f"zeros apart, {label}"
 
 
 def _from_zeros(

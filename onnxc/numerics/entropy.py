@@ -5,18 +5,19 @@ A model gives each of k symbols a whole weight w. It is told by bytes q at every
     L_i = (1 − t) q_j + t q_{j+1},     i = (j + t) s,   0 ≤ t < 1
     w_i = 2^(30 − L_i / 8),            p_i = w_i / Σ w
 
-A byte is a step of an eighth of an octave, which costs less than 0.0007 bits a symbol at s = 1. Wider
-knots suit smooth histograms of few symbols. Which s is best is decided by the whole cost,
+A byte is a step of an eighth of an octave, which costs less than 0.0007 bits a symbol at s = 1.
+Wider knots suit smooth histograms of few symbols. Which s is best is decided by the whole cost,
 
     Σ c_i log2(1 / p_i) + 8 · (number of knots),
 
-c being the counts. All of w is integer arithmetic, so that every machine decodes with the same model.
-Rows of a table are channels: each has a model of its own.
+c being the counts. All of w is integer arithmetic, so that every machine decodes with the same
+model. Rows of a table are channels: each has a model of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ def knots_of(counts: Array, step: int) -> NDArray[np.uint8]:
     return np.minimum(np.round(-8 * np.log2(share)), 255).astype(np.uint8)
 
 
+@cache
 def _tents(size: int, step: int) -> NDArray[np.float64]:
     """The averages around knots as a matrix (knots, size): triangles, each of sum 1."""
     centres = step * np.arange(knot_count(size, step))

@@ -1,7 +1,7 @@
 """Bytes of tensors as streams of symbols, and back: planes, codebooks, packed bits, masks.
 
-    planes    a w-byte element u gives w streams of bytes. Floats are rotated first, (u << 1) | (u >>
-              8w − 1), which puts the exponent in the top byte and the sign below the mantissa.
+    planes    a w-byte element u gives w streams of bytes. Floats are rotated first, by one bit to
+              the left: that puts the exponent in the top byte, and the sign below the mantissa.
     book      elements with at most 256 values v_0 < v_1 < … give indices i with v[i] = u
     fields    bytes give fields of b bits, the low bits or the high bits first
     mask      elements that are not zero give a bit 1, and follow without the zeros
@@ -110,7 +110,9 @@ def fields(data: Bytes, bits: int, high_first: bool = False) -> Bytes:
 def _places(bits: int, high_first: bool) -> Array:
     """How far up each of eight fields begins in a word of eight bytes, in the order of reading."""
     k = np.arange(8, dtype=np.uint64)
-    return np.uint64(64) - np.uint64(bits) * (k + np.uint64(1)) if high_first else np.uint64(bits) * k
+    return (
+        np.uint64(64) - np.uint64(bits) * (k + np.uint64(1)) if high_first else np.uint64(bits) * k
+    )
 
 
 def join_fields(symbols: Bytes, bits: int, size: int, high_first: bool = False) -> Bytes:
