@@ -52,7 +52,7 @@ class Coded:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of `size` symbols from `low` on, told by knots (channels, m); bits: the whole cost."""
+    """A model of `size` symbols from `low` on, by knots (channels, m); bits: what all costs."""
 
     low: int
     size: int
@@ -231,8 +231,8 @@ def general(data: Bytes, least: float, thorough: bool = False) -> Coded | None:
     is_all = thorough or data.size <= SMALL
     part = data[data.size // 2 :][: min(max(data.size // PART, SMALL // 2), MOST)]
     found = [zstd(data)] if is_all or _expected_zstd(data, part) < GAIN * least else []
-    if is_all or _huffman(part).size * data.size < GAIN * least * part.size:
-        found.append(_huffman(data))
+    if is_all or huffman(part).size * data.size < GAIN * least * part.size:
+        found.append(huffman(data))
     best = min(found, key=lambda coded: coded.size, default=None)
     return best if best is not None and best.size < least else None
 
@@ -250,8 +250,8 @@ def zstd(data: Bytes) -> Coded:
     return Coded(numbers(ZSTD, len(payload)), payload)
 
 
-def _huffman(data: Bytes) -> Coded:
-    """Deflate that looks for no repeats: blocks of symbols, each with a code of its own."""
+def huffman(data: Bytes) -> Coded:
+    """A stream by deflate that looks for no repeats: blocks of symbols, each with a code of its own."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     payload = deflate.compress(data.data) + deflate.flush()
     return Coded(numbers(HUFFMAN, len(payload)), payload)

@@ -12,6 +12,7 @@ times what stands for it. Numbers are of 7 bits a byte, those of the end little-
 from __future__ import annotations
 
 import hashlib
+import shutil
 import struct
 import tempfile
 import zlib
@@ -249,6 +250,7 @@ def unpack(path: Path, output: Path, said: Said) -> list[Path]:
                 f"external data {target} exists already; unpack the model into another folder"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(output.parent, sum(stored.size for stored in found))
     done, total = 0, sum(len(stored.places) for stored in found)
     with replacing(*reversed(targets)) as files:
         for file, stored in zip(reversed(files), found, strict=True):
@@ -257,6 +259,13 @@ def unpack(path: Path, output: Path, said: Said) -> list[Path]:
                 done += number % 2
                 said(done, total)
     return targets
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """Raise OptionError where a folder has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free if folder.is_dir() else needed
+    if needed > free:
+        raise OptionError(f"{folder} has room for {free} bytes, but the model takes {needed}")
 
 
 _unpacked: dict[tuple[Path, int, int], tuple[tempfile.TemporaryDirectory[str], Path]] = {}

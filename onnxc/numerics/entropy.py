@@ -45,14 +45,15 @@ def knot_count(size: int, step: int) -> int:
     return -(-(size - 1) // step) + 1
 
 
-def weights(knots: Array, step: int, size: int) -> NDArray[np.int64]:
+def weights(knots: Array, step: int, size: int) -> Array:
     """w, (channels, size), each at least 1; knots: bytes (channels, knot_count(size, step))."""
     at = np.arange(size)
     left, t = at // step, at % step
     right = np.minimum(left + 1, knots.shape[1] - 1)
     q = knots.astype(np.int64)
     L = (q[:, left] * (step - t) + q[:, right] * t) * (_BYTE // step)
-    return np.maximum(_POWERS[L % FINE] >> (L // FINE), 1)
+    w: Array = np.maximum(_POWERS[L % FINE] >> (L // FINE), 1)
+    return w
 
 
 def cost(counts: Array, w: Array) -> float:
@@ -69,12 +70,13 @@ def entropy(counts: Array) -> float:
     return float((total * np.log2(np.maximum(total, 1))).sum() - (c * logs).sum())
 
 
-def knots_of(counts: Array, step: int) -> NDArray[np.uint8]:
+def knots_of(counts: Array, step: int) -> Array:
     """Bytes of the model nearest to a histogram: its logarithm, averaged around each knot."""
     smooth = counts if step == 1 else counts @ _tents(counts.shape[1], step).T
     top = np.maximum(smooth.max(axis=1, keepdims=True), 1e-300)
     share = np.maximum(smooth / top, 2.0**-32)
-    return np.minimum(np.round(-8 * np.log2(share)), 255).astype(np.uint8)
+    knots: Array = np.minimum(np.round(-8 * np.log2(share)), 255).astype(np.uint8)
+    return knots
 
 
 @cache
