@@ -1,4 +1,4 @@
-"""Forms of tensors: which one is chosen, that it comes back, and that zstandard is never smaller."""
+"""Forms of tensors: which is chosen, that it comes back, and that zstandard is never smaller."""
 
 from __future__ import annotations
 
