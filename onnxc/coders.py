@@ -1,10 +1,10 @@
 """Coders of a stream of bytes: as they are, zstandard, Huffman, or rANS under told models.
 
-A coded stream is a head, which says how, and a payload. rANS (constriction's `AnsCoder`, Duda 2013)
-comes within 0.1 % of the entropy of its models (`onnxc.numerics.entropy`), one for all symbols or
-one for each channel. The smallest wins. zstandard at its highest level is slow, so a stream that is
-not small is judged first: what its lowest level makes of all of it, times what the highest one
-gains on a part. It runs in full where that is below the others.
+A coded stream is a head, which says how, and a payload. rANS (`onnxc.rans`) comes within 0.1 % of
+the entropy of its models (`onnxc.numerics.entropy`), one for all symbols or one for each channel.
+The smallest wins. zstandard at its highest level is slow, so a stream that is not small is judged
+first: what its lowest level makes of all of it, times what the highest one gains on a part. It runs
+in full where that is below the others.
 
 Heads are written in numbers of 7 bits a byte, the low ones first, as protobuf does.
 """
@@ -14,14 +14,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxc.errors import ModelError, OptionError
+from onnxc import rans as ans
+from onnxc.errors import ModelError
 from onnxc.numerics import entropy
+from onnxc.rans import libraries
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
@@ -31,7 +32,7 @@ NAMES = ("stored", "zstd", "Huffman", "rANS")  # of coders, in the order of thei
 LEVEL = 19  # of zstandard
 SMALL = 1 << 13  # bytes up to which every coder runs
 PART, MOST = 512, 1 << 16  # of a larger stream one part in so many is tried; bytes of it at most
-PIECE = 1 << 18  # symbols that are coded at once
+PIECE = 1 << 18  # bytes that are counted at once
 EXPANSION = 1 << 16  # bytes that a byte may stand for, at most; zstandard reaches 1 << 15
 ROW = 256  # symbols of a channel that may have a model of its own
 TABLES = 1 << 16  # entries of the histograms of channels, at most
@@ -109,18 +110,6 @@ def numbers(*values: int) -> bytes:
     return bytes(digits)
 
 
-def libraries() -> tuple[ModuleType, ModuleType]:
-    """constriction and zstandard. Raises OptionError that names the extra to install."""
-    try:
-        import constriction
-        import zstandard
-    except ImportError as error:
-        raise OptionError(
-            'packed models need constriction and zstandard: pip install "onnxc[pack]"'
-        ) from error
-    return constriction, zstandard
-
-
 def encode(data: Bytes, channels: int = 1, thorough: bool = False) -> Coded:
     """A stream that is a part of a form, by the coder that makes it smallest.
 
@@ -184,46 +173,23 @@ def model_of(counts: Array, limit: float) -> Model | None:
 
 def rans(data: Bytes, model: Model) -> Coded:
     """A stream of symbols that are all in the model."""
-    coder = libraries()[0].stream.stack.AnsCoder()
-    rows = data.reshape(len(model.knots), -1)
+    rows, payload = data.reshape(len(model.knots), -1), b""
     if model.size > 1:
-        for row, law in zip(rows[::-1], _laws(model)[::-1], strict=True):
-            for start in reversed(range(0, row.size, PIECE)):
-                piece = np.subtract(row[start : start + PIECE], model.low, dtype=np.int32)
-                coder.encode_reverse(piece, law)
-    payload = coder.get_compressed().astype("<u4").tobytes()
+        payload = ans.encode(rows, model.low, model.weights())
     return Coded(numbers(RANS, len(payload)) + model.head, payload)
 
 
-def _laws(model: Model) -> list[Any]:
-    """constriction's models with these weights, which are whole: their sums are exact."""
-    categorical = libraries()[0].stream.model.Categorical
-    return [categorical(w.astype(np.float64), perfect=False) for w in model.weights()]
-
-
 def _from_rans(head: Head, payload: memoryview, size: int) -> Bytes:
-    channels, low, count, step = (head.number() for _ in range(4))
-    model_size = count + 1
-    is_sound = step in entropy.STEPS and low + model_size <= 256 and len(payload) % 4 == 0
+    channels, low, last, step = (head.number() for _ in range(4))
+    is_sound = step in entropy.STEPS and low + last < 256
     if not is_sound or not channels or size % channels:
         raise ModelError("a model in it is damaged")
-    length = entropy.knot_count(model_size, step)
-    knots = np.frombuffer(head.bytes(channels * length), np.uint8).reshape(channels, length)
-    model = Model(low, model_size, step, knots, 0.0)
-    if model_size == 1:
+    shape = channels, entropy.knot_count(last + 1, step)
+    knots = np.frombuffer(head.bytes(shape[0] * shape[1]), np.uint8).reshape(shape)
+    if not last:
         return np.full(size, low, np.uint8)
-    data = np.empty((channels, size // channels), np.uint8)
-    try:
-        coder = libraries()[0].stream.stack.AnsCoder(np.frombuffer(payload, "<u4").astype("u4"))
-    except ValueError as error:
-        raise ModelError("a stream in it is damaged") from error
-    for row, law in zip(data, _laws(model), strict=True):
-        for start in range(0, row.size, PIECE):
-            piece = row[start : start + PIECE]
-            np.add(coder.decode(law, piece.size), low, out=piece, casting="unsafe")
-    if not coder.is_empty():
-        raise ModelError("a stream in it is longer than its tensor")
-    return data.reshape(-1)
+    weights = entropy.weights(knots, step, last + 1)
+    return ans.decode(payload, (channels, size // channels), low, weights).reshape(-1)
 
 
 def general(data: Bytes, least: float, thorough: bool = False) -> Coded | None:
@@ -251,7 +217,7 @@ def zstd(data: Bytes) -> Coded:
 
 
 def huffman(data: Bytes) -> Coded:
-    """A stream by deflate that looks for no repeats: blocks of symbols, each with a code of its own."""
+    """A stream by deflate that looks for no repeats: blocks, each with a code of its own."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     payload = deflate.compress(data.data) + deflate.flush()
     return Coded(numbers(HUFFMAN, len(payload)), payload)

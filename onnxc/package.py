@@ -28,6 +28,7 @@ from onnxc.coders import EXPANSION, Head, numbers
 from onnxc.errors import ModelError, OptionError
 from onnxc.files import replacing
 from onnxc.pieces import Member, Piece
+from onnxc.rans import libraries
 from onnxc.weights import is_inside
 
 MAGIC = b"\x89ONNXZ\r\n"
@@ -87,7 +88,7 @@ def write(path: Path, output: Path, thorough: bool, said: Said) -> dict[str, Tal
 
     said: told how many tensors of how many are done. Raises ModelError, OptionError or OSError.
     """
-    coders.libraries()
+    libraries()
     found = pieces.members(path)
     tallies: dict[str, Tally] = {}
     total = sum(len(member.pieces) for member in found)
@@ -153,7 +154,7 @@ def _finish(file: BinaryIO, contents: bytes) -> None:
 
 def read(path: Path) -> list[Stored]:
     """The files in a package, the model first. Raises ModelError, OSError."""
-    coders.libraries()
+    libraries()
     with path.open("rb") as file:
         limit, contents = _contents(file, path.stat().st_size)
     head = Head(contents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,16 @@ def test_the_format_of_rans_is_fixed() -> None:
     np.testing.assert_array_equal(back(fixed, data.size), data)
 
 
+def test_the_format_of_rans_of_long_rows_is_fixed() -> None:
+    data = (np.arange(6000) ** 2 % 7).astype(np.uint8)
+    for symbols, expected in ((2, SUMS[0]), (4, SUMS[1]), (7, SUMS[2])):
+        few = np.minimum(data, symbols - 1).astype(np.uint8)
+        coded = coders.rans(few, model(few))
+        assert zlib.crc32(coded.head + coded.payload) == expected
+        np.testing.assert_array_equal(back(coded, few.size), few)
+
+
+SUMS = (2041516749, 2833177786, 200646866)
 HEAD = "031c010108080000"
 PAYLOAD = "95366ed0d6a576420b0effd1ae3f7f674947840f679142ec8a801a30"
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from texts import bind, normal
 
 import onnxc
-from onnxc import coders, package, pieces
+from onnxc import package, pieces
 from onnxc.coders import numbers
 from onnxc.errors import ModelError, OptionError
 from onnxc.graph import load, to_bytes
@@ -400,7 +400,7 @@ def test_a_missing_library_is_named(model: Path, monkeypatch: pytest.MonkeyPatch
     def missing() -> Any:
         raise OptionError('pip install "onnxc[pack]"')
 
-    monkeypatch.setattr(coders, "libraries", missing)
+    monkeypatch.setattr(package, "libraries", missing)
     with pytest.raises(OptionError, match="pip install"):
         onnxc.pack(model)
     assert not model.with_suffix(".onnxz").exists()

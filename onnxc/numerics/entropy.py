@@ -10,8 +10,8 @@ Wider knots suit smooth histograms of few symbols. Which s is best is decided by
 
     Σ c_i log2(1 / p_i) + 8 · (number of knots) − 7 · (those of symbols that do not occur),
 
-c being the counts; rows of the highest byte pack well. All of w is integer arithmetic, so that every machine decodes with the same
-model. Rows of a table are channels: each has a model of its own.
+c being the counts; rows of the highest byte pack well. All of w is integer arithmetic, so that
+every machine decodes with the same model. Rows of a table are channels: each has its own model.
 """
 
 from __future__ import annotations

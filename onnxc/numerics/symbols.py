@@ -116,7 +116,7 @@ def _places(bits: int, high_first: bool) -> Array:
 
 
 def join_fields(symbols: Bytes, bits: int, size: int, high_first: bool = False) -> Bytes:
-    """So many bytes of fields; bits that no field gives are 0."""
+    """So many bytes of fields; bits that no field gives are 0. Fields that fill bytes give all."""
     if 8 % bits == 0:
         grid = symbols.reshape(-1, 8 // bits)
         places = range(0, 8, bits)
