@@ -159,13 +159,14 @@ def model_of(counts: Array, limit: float) -> Model | None:
 
     None where it costs as many bits as the limit.
     """
-    if entropy.entropy(counts) >= limit:
+    pooled = counts.sum(axis=0, keepdims=True)
+    if min(map(entropy.expected, (counts, pooled))) >= limit:
         return None
-    used = np.flatnonzero(counts.sum(axis=0))
+    used = np.flatnonzero(pooled[0])
     low, high = (int(used[0]), int(used[-1])) if used.size else (0, 0)
     inside = counts[:, low : high + 1].astype(np.float64)
     found = entropy.fit(inside.sum(axis=0, keepdims=True))
-    if len(inside) > 1 and entropy.entropy(inside) + 8 * len(inside) < found.bits:
+    if len(inside) > 1 and entropy.expected(inside) < found.bits:
         found = min(found, entropy.fit(inside), key=lambda fit: fit.bits)
     model = Model(low, high - low + 1, found.step, found.knots, found.bits)
     return model if found.bits < limit else None
