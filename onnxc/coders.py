@@ -30,7 +30,7 @@ Bytes = NDArray[np.uint8]
 RAW, ZSTD, HUFFMAN, RANS = range(4)
 NAMES = ("stored", "zstd", "Huffman", "rANS")  # of coders, in the order of their numbers
 LEVEL = 19  # of zstandard
-SMALL = 1 << 13  # bytes up to which every coder runs
+SMALL = 1 << 14  # bytes up to which every coder runs
 PART, MOST = 512, 1 << 16  # of a larger stream one part in so many is tried; bytes of it at most
 PIECE = 1 << 18  # bytes that are counted at once
 EXPANSION = 1 << 16  # bytes that a byte may stand for, at most; zstandard reaches 1 << 15
@@ -196,8 +196,8 @@ def _from_rans(head: Head, payload: memoryview, size: int) -> Bytes:
 def general(data: Bytes, least: float, thorough: bool = False) -> Coded | None:
     """The smaller of zstandard and Huffman, if it is below `least` bytes; None if neither is."""
     is_all = thorough or data.size <= SMALL
-    part = data[data.size // 2 :][: min(max(data.size // PART, SMALL // 2), MOST)]
-    found = [zstd(data)] if is_all or _expected_zstd(data, part) < GAIN * least else []
+    part = data[data.size // 2 :][: min(max(data.size // PART, SMALL // 4), MOST)]
+    found = [zstd(data)] if is_all or _expected_zstd(data, part) < least else []
     if is_all or huffman(part).size * data.size < GAIN * least * part.size:
         found.append(huffman(data))
     best = min(found, key=lambda coded: coded.size, default=None)

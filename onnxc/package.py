@@ -115,17 +115,15 @@ class _Packer:
     def add(self, member: Member, said: Callable[[], None]) -> bytes:
         """Write the pieces of a file; what the contents say of it."""
         told, rest, at = [], [], 0
-        data = np.memmap(member.path, np.uint8, "r")
-        for piece in member.pieces:
-            rest.append(data[at : piece.start].tobytes())
-            told.append(
-                numbers(piece.start - at)
-                + self._piece(piece, np.array(data[piece.start : piece.stop]))
-            )
-            at = piece.stop
-            self.done += 1
-            said()
-        rest.append(data[at:].tobytes())
+        with member.path.open("rb") as file:
+            for piece in member.pieces:
+                rest.append(file.read(piece.start - at))
+                data = np.fromfile(file, np.uint8, piece.stop - piece.start)
+                told.append(numbers(piece.start - at) + self._piece(piece, data))
+                at = piece.stop
+                self.done += 1
+                said()
+            rest.append(file.read())
         name, whole = member.name.encode(), b"".join(rest)
         head = numbers(len(name)) + name + numbers(len(told), len(whole))
         return head + b"".join(told) + whole
