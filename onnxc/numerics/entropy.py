@@ -74,8 +74,8 @@ def entropy(counts: Array) -> float:
 def expected(counts: Array) -> float:
     """About the fewest bits that a model can cost, found without one.
 
-    The entropy of few symbols is below that of their law, by half a nat for each that occurs (Miller
-    1955); a model costs two knots besides.
+    The entropy of few symbols is below that of their law, by half a nat for each that occurs
+    (Miller 1955); a model costs two knots besides.
     """
     bias = (np.count_nonzero(counts) - len(counts)) / (2 * np.log(2))
     return entropy(counts) + float(bias) + 16 * len(counts)
