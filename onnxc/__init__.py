@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from onnxc.api import inspect as inspect
     from onnxc.api import load as load
     from onnxc.api import merge_statistics as merge_statistics
+    from onnxc.api import pack as pack
     from onnxc.api import preview as preview
     from onnxc.api import prune as prune
     from onnxc.api import quantize as quantize
     from onnxc.api import save as save
     from onnxc.api import sparsify as sparsify
+    from onnxc.api import unpack as unpack
     from onnxc.api import validate as validate
     from onnxc.errors import ClusterError as ClusterError
     from onnxc.errors import DataError as DataError
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "onnxc.api": (
         *("QuantizeSettings", "benchmark", "calibrate", "factorize", "inspect", "load"),
-        *("merge_statistics", "preview", "prune", "quantize", "save", "sparsify", "validate"),
+        *("merge_statistics", "pack", "preview", "prune", "quantize", "save", "sparsify"),
+        *("unpack", "validate"),
     ),
     "onnxc.errors": ("ClusterError", "DataError", "ModelError", "OnnxcError", "OptionError"),
 }

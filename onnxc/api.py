@@ -23,6 +23,7 @@ from onnxc.cost import file_bytes, inspect
 from onnxc.errors import OptionError
 from onnxc.graph import load, save
 from onnxc.graph import size as model_size
+from onnxc.packing import pack, unpack
 from onnxc.pairs import excess
 from onnxc.paths import check_folder, existing
 from onnxc.quantization import QuantizeSettings
@@ -59,11 +60,13 @@ __all__ = [
     "inspect",
     "load",
     "merge_statistics",
+    "pack",
     "preview",
     "prune",
     "quantize",
     "save",
     "sparsify",
+    "unpack",
     "validate",
 ]
 

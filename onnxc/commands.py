@@ -234,6 +234,29 @@ def calibrate(context: click.Context, /, **settings: Any) -> None:
     show(found, console.render_calibrated, settings["as_json"], settings["quiet"])
 
 
+@onnxc.command(cls=Example, example="onnxc pack model.onnx -o model.onnxz")
+@click.argument("model", type=ModelArgument)
+@options.output()
+@click.option("--thorough", is_flag=True, help="Try every coder in full on every tensor; slow.")
+@options.shown
+def pack(model: Path, output: Path | None, thorough: bool, as_json: bool, quiet: bool) -> None:
+    """Store MODEL in fewer bytes, its tensors entropy-coded; every command reads the result."""
+    with progress({"as_json": as_json, "quiet": quiet}) as say:
+        found = api.pack(model, output, thorough=thorough, progress=say)
+    show(found, console.render_packed, as_json, quiet)
+
+
+@onnxc.command(cls=Example, example="onnxc unpack model.onnxz -o model.onnx")
+@click.argument("package", type=ModelArgument)
+@options.output(required=True)
+@options.shown
+def unpack(package: Path, output: Path, as_json: bool, quiet: bool) -> None:
+    """Write the model that PACKAGE holds: the bytes that were packed."""
+    with progress({"as_json": as_json, "quiet": quiet}) as say:
+        found = api.unpack(package, output, progress=say)
+    show(found, console.render_packed, as_json, quiet)
+
+
 def _refuse_beside(context: click.Context, option: str, names: tuple[str, ...]) -> None:
     """Refuse options, and those for images, that mean nothing beside another one."""
     given = options.given(context, (*names, *options.names(Preprocess)))

@@ -20,7 +20,16 @@ from onnxc.bench import Ratio
 from onnxc.check import Comparison, Coverage
 from onnxc.core import Skip
 from onnxc.cost import HeavyNode, Inspection, Port
-from onnxc.report import Benchmark, Calibrated, Effect, Preview, Report, Validation, verdict
+from onnxc.report import (
+    Benchmark,
+    Calibrated,
+    Effect,
+    Packed,
+    Preview,
+    Report,
+    Validation,
+    verdict,
+)
 
 NAMES_WIDTH = 60  # characters of the node names given for each reason; the JSON names all
 NAME_WIDTH = 30  # characters of a node's name in a table
@@ -145,6 +154,22 @@ def render_calibrated(report: Calibrated) -> RenderableType:
     left = _grouped("no moments", ((s.node, s.reason) for s in report.skips))
     notes = _notes((*merged, *report.notes))
     return Group(head, facts, *left, *notes, *_effort(report.seconds, report.memory_peak))
+
+
+def render_packed(report: Packed) -> RenderableType:
+    """Bytes before and after, in all and by the way that tensors are coded."""
+    table = Table("", box=None, pad_edge=False)
+    for heading in ("tensors", "before", "after", "ratio"):
+        table.add_column(heading, justify="right")
+    for way, tally in report.ways.items():
+        table.add_row(way, str(tally.tensors), *_sizes(tally.before, tally.after))
+    table.add_row("in all" if report.ways else "file", "", *_sizes(report.before, report.after))
+    parts: Parts = [Text(f"{report.source} -> {report.output}", style="bold"), table]
+    return Group(*parts, *_effort(report.seconds, None))
+
+
+def _sizes(before: int, after: int) -> Row:
+    return size_text(before), size_text(after), f"{before / max(after, 1):.2f}x"
 
 
 def _headline(sentence: str) -> Parts:

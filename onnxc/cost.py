@@ -23,6 +23,7 @@ from onnxc.graph import Model, as_declared, constants, copy, load, nbytes, opset
 from onnxc.integer import refusal
 from onnxc.macs import MACS, macs
 from onnxc.ops import knowledge, weight_of
+from onnxc.package import is_package, plain
 from onnxc.runtime import Runtime
 from onnxc.shapes import infer
 from onnxc.stages import Source, staged
@@ -115,7 +116,9 @@ def bytes_by_type(graph: gs.Graph) -> dict[str, int]:
 
 def file_bytes(path: str | Path) -> int:
     """Bytes of a model file, together with the files of its external data. Raises ModelError."""
-    return sum(file.stat().st_size for file in (Path(path), *external_files(path)))
+    path = Path(path)
+    beside = () if is_package(path) else external_files(path)
+    return sum(file.stat().st_size for file in (path, *beside))
 
 
 def external_files(path: str | Path) -> list[Path]:
@@ -126,7 +129,8 @@ def external_files(path: str | Path) -> list[Path]:
         raise ModelError(f"{path} is not an ONNX model") from error
     entries = (entry for tensor in _stored(proto.graph) for entry in tensor.external_data)
     places = {entry.value for entry in entries if entry.key == "location"}
-    return sorted(Path(path).parent / place for place in places - {Path(path).name})
+    model = plain(path)
+    return sorted(model.parent / place for place in places - {model.name})
 
 
 def _stored(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -47,6 +47,7 @@ from onnxc.edit import (
 from onnxc.envelope import Envelope
 from onnxc.errors import ModelError
 from onnxc.files import replacing
+from onnxc.package import plain
 
 __all__ = [
     "Model",
@@ -142,7 +143,7 @@ def size(model: Model) -> int:
 
 
 def load(source: str | Path | bytes | onnx.ModelProto, base: str | Path | None = None) -> Model:
-    """Open a model: a path, the bytes of a file, or a protobuf, which is not changed.
+    """Open a model: a path, also of a package, the bytes of a file, or a protobuf.
 
     base: the folder of external data, by default that of the path; external data is mapped when a
     weight is read. Raises ModelError, naming the file, when it is missing, damaged, invalid, or
@@ -153,7 +154,7 @@ def load(source: str | Path | bytes | onnx.ModelProto, base: str | Path | None =
         return _load(_parse(source), folder)
     path = Path(source)
     try:
-        return _load(read(path), folder or path.parent)
+        return _load(read(path), folder or plain(path).parent)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
 
@@ -256,6 +257,7 @@ def _is_bad(tensor: gs.Constant, infinity: bool) -> bool:
 def read(path: Path) -> onnx.ModelProto:
     """A file as a protobuf that is ours to edit; large weights of a large file stay in the file."""
     try:
+        path = plain(path)
         if path.stat().st_size < OUTLINED:
             return _parse(path.read_bytes())
         return wire.outline(path)

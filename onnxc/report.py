@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ import numpy as np
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage
 from onnxc.core import Change, Skip
+from onnxc.package import Tally
 from onnxc.runtime import Runtime
 from onnxc.zeros import Zeros
 
@@ -190,6 +191,26 @@ class Calibrated:
     seconds: float | None = None
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A model that was packed or unpacked; before, after: bytes, with those of external data.
+
+    ways: what became of tensors, by how they were coded. files: those that were unpacked.
+    """
+
+    source: str
+    output: str
+    before: int
+    after: int
+    ways: dict[str, Tally] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    seconds: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.before / max(self.after, 1)
 
 
 def to_dict(value: Any) -> Any:

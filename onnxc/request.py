@@ -24,6 +24,7 @@ from onnxc.cuts import BASE
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.fidelity import check_labels
 from onnxc.graph import OUTLINED, Model, bound, load
+from onnxc.package import plain
 from onnxc.paths import check_output, default_output, existing
 from onnxc.pipeline import Calibration
 from onnxc.recipe import Recipe
@@ -196,14 +197,14 @@ def checked(task: Task, request: Request) -> Job:
 
 def enough_memory(model: Path) -> int:
     """Bytes that the process may take, where none are asked for; never those of a big model."""
-    size = file_bytes(model)
+    size = file_bytes(plain(model))
     return graph.enough_memory(size) or max(LEAST_MEMORY, FILE_COPIES * size)
 
 
 def subject(path: Path, memory: int | None = None) -> Path | Model:
     """What is run in so much memory: the file, or the model that is to be run in stages."""
     memory = memory or enough_memory(path)
-    if BASE + HELD_COPIES * file_bytes(path) <= memory:
+    if BASE + HELD_COPIES * file_bytes(plain(path)) <= memory:
         return path
     return bound(load(path), memory)
 
@@ -262,7 +263,7 @@ def input_specs(model: Path) -> list[InputSpec]:
 def _mapped(model: Path) -> Any:
     """A session that reads no weights, if it can be."""
     runtime = Runtime(level="none", packs=False)
-    if model.stat().st_size < OUTLINED:
+    if plain(model).stat().st_size < OUTLINED:
         return session(model, runtime)
     return open_stages(load(model), None, runtime).opened()
 

@@ -11,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxc.errors import ModelError, OptionError
+from onnxc.package import plain
 
 LEVELS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -82,7 +83,7 @@ def session(
         options.add_session_config_entry(_FOLDER, str(folder))
     if not runtime.packs:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    source = model if isinstance(model, bytes) else str(model)
+    source = model if isinstance(model, bytes) else str(plain(model))
     providers = list(dict.fromkeys([provider_name(runtime.provider), "CPUExecutionProvider"]))
     unwanted = None if runtime.folds else ["ConstantFolding"]
     try:

@@ -22,6 +22,7 @@ from calib.data import Dataset
 from onnxc.cost import external_files
 from onnxc.errors import ModelError
 from onnxc.graph import Model
+from onnxc.package import plain
 from onnxc.pairs import Subject
 from onnxc.runtime import Runtime, run, session
 from onnxc.stages import open_stages
@@ -64,6 +65,7 @@ def _running(
 
 def _copy_model(model: Path, target: Path) -> None:
     """Copy a model with the files of its external data."""
+    model = plain(model)
     target.parent.mkdir()
     shutil.copyfile(model, target)
     for file in external_files(model):

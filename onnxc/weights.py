@@ -307,7 +307,7 @@ def _external(tensor: onnx.TensorProto, base: Path | None) -> ExternalValues:
             f"weight {tensor.name!r} is in the external file {location!r}; "
             f"open the model by its path, so that onnxc finds the file"
         )
-    if not location or not _is_inside(location):
+    if not location or not is_inside(location):
         raise ModelError(
             f"weight {tensor.name!r} refers to external data {location!r}, outside the folder "
             f"of the model; onnxc reads none but files beside the model"
@@ -317,7 +317,7 @@ def _external(tensor: onnx.TensorProto, base: Path | None) -> ExternalValues:
     return values
 
 
-def _is_inside(location: str) -> bool:
+def is_inside(location: str) -> bool:
     path = Path(os.path.normpath(location.replace("\\", "/")))
     return not path.is_absolute() and path.parts[:1] != ("..",)
 

@@ -40,7 +40,7 @@ def outline(path: Path) -> onnx.ModelProto:
     """
     with path.open("rb") as file:
         parts = []
-        for field in _fields(file, 0, path.stat().st_size):
+        for field in fields(file, 0, path.stat().st_size):
             is_graph = field.number == GRAPH and field.kind == _SIZED
             parts.append(_graph(file, field, path.name) if is_graph else _bytes(file, field))
     model = onnx.ModelProto()
@@ -50,7 +50,7 @@ def outline(path: Path) -> onnx.ModelProto:
 
 def _graph(file: BinaryIO, graph: Field, location: str) -> bytes:
     parts = []
-    for field in _fields(file, graph.inside, graph.stop):
+    for field in fields(file, graph.inside, graph.stop):
         is_weight = field.number == INITIALIZER and field.stop - field.start > KEEP
         parts.append(_weight(file, field, location) if is_weight else _bytes(file, field))
     content = b"".join(parts)
@@ -60,7 +60,7 @@ def _graph(file: BinaryIO, graph: Field, location: str) -> bytes:
 def _weight(file: BinaryIO, weight: Field, location: str) -> bytes:
     data: Field | None = None
     parts = []
-    for field in _fields(file, weight.inside, weight.stop):
+    for field in fields(file, weight.inside, weight.stop):
         if field.number == RAW_DATA and field.stop - field.inside > KEEP:
             data = field
         else:
@@ -73,7 +73,7 @@ def _weight(file: BinaryIO, weight: Field, location: str) -> bytes:
     return _key(INITIALIZER, len(content)) + content
 
 
-def _fields(file: BinaryIO, start: int, end: int) -> Iterator[Field]:
+def fields(file: BinaryIO, start: int, end: int) -> Iterator[Field]:
     """The fields of a message that lies between two positions."""
     while start < end:
         file.seek(start)
