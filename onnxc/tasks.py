@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from onnxc import factorization, pruning, quantization, sparsification
+from onnxc import clustering, factorization, pruning, quantization, sparsification
+from onnxc.clustering import ClusterSettings
 from onnxc.core import Pass
 from onnxc.factorization import FactorizeSettings
 from onnxc.pruning import PruneSettings
@@ -67,3 +68,4 @@ QUANTIZE = Task(
 SPARSIFY = Task(Aim("sparsify", "made sparse", "zeros"), SparsifySettings, sparsification.ways)
 PRUNE = Task(Aim("prune", "pruned"), PruneSettings, pruning.ways, missed=pruning.missed)
 FACTORIZE = Task(Aim("factorize", "factorized"), FactorizeSettings, factorization.ways)
+CLUSTER = Task(Aim("cluster", "clustered", "size"), ClusterSettings, clustering.ways)
