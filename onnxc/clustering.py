@@ -34,5 +34,6 @@ def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass
     """The one way, named by what is shared."""
     bits = settings.cluster.bits
     opset = NIBBLE_OPSET if bits == NIBBLE else max(map(least_opset, range(1, WIDEST + 1)))
-    passes: tuple[Pass, ...] = (UpgradeOpset(opset), settings.cluster)
-    return {settings.cluster.summary: (*passes, StoreCodebooks())}
+    refit: tuple[Pass, ...] = (Reconstruct(),) if settings.reconstruct else ()
+    passes: tuple[Pass, ...] = (UpgradeOpset(opset), settings.cluster, *refit, StoreCodebooks())
+    return {settings.cluster.summary: passes}

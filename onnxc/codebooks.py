@@ -3,14 +3,16 @@
     value = levels[unpack(codes)]
 
 ONNX Runtime computes this when it loads the file, and runs the model as if the constant had been
-there. The chain is of standard operators, and begins with codes as bytes (`onnxc.numerics.packing`):
+there. The chain is of standard operators and begins with packed codes (`onnxc.numerics.packing`):
 
     8 bits          Cast, Gather: the codes have the shape of the constant
     4 bits          the same with the type uint4, from opset 21 on
     1, 2, 4 bits    BitShift left, BitShift right, Cast, Gather, Reshape
     3, 5, 6, 7      Gather twice, BitShift twice, BitwiseOr, and then the same; from opset 18 on
 
-What does not depend on the codes, such as shifts, is stored once in a graph for each width.
+What does not depend on the codes, such as shifts, is stored once in a graph for each width. The
+result takes the name of the constant; what is on the way to it has short names, for in a small
+model names weigh more than codes.
 """
 
 from __future__ import annotations
@@ -48,10 +50,14 @@ def stored_bytes(count: int, levels: int, bits: int, itemsize: int) -> int:
 
 @dataclass
 class Books:
-    """Writes the codebooks of one graph. shared: constants that all chains of a width read."""
+    """Writes the codebooks of one graph.
+
+    shared: constants that all chains of a width read. number: codebooks written so far.
+    """
 
     graph: gs.Graph
     opset: int
+    number: int = 0
     shared: dict[tuple[str, int], gs.Constant] = field(default_factory=dict)
 
     def write(
@@ -61,62 +67,63 @@ class Books:
 
         levels: (K,), of the type of the constant. codes: of its shape.
         """
-        book = self._keep(tensor, "levels", levels)
+        self.number += 1
+        book = self._keep("levels", levels)
         if bits == WIDEST or (bits == NIBBLE and self.opset >= NIBBLE_OPSET):
             kind = np.dtype(np.uint8) if bits == WIDEST else np.dtype(ml_dtypes.uint4)
-            kept = self._keep(tensor, "codes", codes.astype(np.uint8).astype(kind))
-            nodes = self._look_up(tensor, book, kept)
+            kept = self._keep("codes", codes.astype(np.uint8).astype(kind))
+            nodes = self._look_up(book, kept)
         else:
-            kept = self._keep(tensor, "codes", pack(codes, bits))
-            nodes = self._unpack(tensor, kept, bits)
-            nodes += self._look_up(tensor, book, nodes[-1].outputs[0])
+            kept = self._keep("codes", pack(codes, bits))
+            nodes = self._unpack(kept, bits)
+            nodes += self._look_up(book, nodes[-1].outputs[0])
             nodes += self._reshape(tensor, nodes[-1].outputs[0], bits)
         self._replace(tensor, nodes)
         return nbytes(book) + nbytes(kept)
 
-    def _unpack(self, tensor: gs.Constant, packed: gs.Constant, bits: int) -> list[gs.Node]:
+    def _unpack(self, packed: gs.Constant, bits: int) -> list[gs.Node]:
         """Codes as bytes, (groups, count)."""
         place = layout(bits)
         left = self._shared("left", bits, place.left)
         if place.is_simple:
-            nodes = [self._node(tensor, "BitShift", [packed, left], direction="LEFT")]
+            nodes = [self._node("BitShift", [packed, left], direction="LEFT")]
         else:
-            nodes = self._straddle(tensor, packed, left, place, bits)
+            nodes = self._straddle(packed, left, place, bits)
         down = self._shared("down", bits, np.array(place.down, np.uint8))
         inputs = [nodes[-1].outputs[0], down]
-        return [*nodes, self._node(tensor, "BitShift", inputs, direction="RIGHT")]
+        return [*nodes, self._node("BitShift", inputs, direction="RIGHT")]
 
     def _straddle(
-        self, tensor: gs.Constant, packed: gs.Constant, left: gs.Constant, place: Layout, bits: int
+        self, packed: gs.Constant, left: gs.Constant, place: Layout, bits: int
     ) -> list[gs.Node]:
         """Both bytes of each code, shifted to where they belong."""
         picked = [
-            self._node(tensor, "Gather", [packed, self._shared(name, bits, index)], axis=1)
+            self._node("Gather", [packed, self._shared(name, bits, index)], axis=1)
             for name, index in (("first", place.first), ("second", place.second))
         ]
         right = self._shared("right", bits, place.right)
         high, low = (node.outputs[0] for node in picked)
         shifted = [
-            self._node(tensor, "BitShift", [high, left], direction="LEFT"),
-            self._node(tensor, "BitShift", [low, right], direction="RIGHT"),
+            self._node("BitShift", [high, left], direction="LEFT"),
+            self._node("BitShift", [low, right], direction="RIGHT"),
         ]
-        both = self._node(tensor, "BitwiseOr", [node.outputs[0] for node in shifted])
+        both = self._node("BitwiseOr", [node.outputs[0] for node in shifted])
         return [*picked, *shifted, both]
 
-    def _look_up(self, tensor: gs.Constant, book: gs.Constant, codes: gs.Tensor) -> list[gs.Node]:
-        cast = self._node(tensor, "Cast", [codes], to=INT32)
-        return [cast, self._node(tensor, "Gather", [book, cast.outputs[0]])]
+    def _look_up(self, book: gs.Constant, codes: gs.Tensor) -> list[gs.Node]:
+        cast = self._node("Cast", [codes], to=INT32)
+        return [cast, self._node("Gather", [book, cast.outputs[0]])]
 
     def _reshape(self, tensor: gs.Constant, found: gs.Tensor, bits: int) -> list[gs.Node]:
         """To the shape of the constant, without what the last group is filled up with."""
         size, count = int(np.prod(tensor.shape)), layout(bits).count
         nodes: list[gs.Node] = []
         if size % count:
-            flat = self._node(tensor, "Reshape", [found, self._numbers([-1])])
+            flat = self._node("Reshape", [found, self._numbers([-1])])
             ends = [self._numbers([0]), self._numbers([size])]
-            nodes = [flat, self._node(tensor, "Slice", [flat.outputs[0], *ends])]
+            nodes = [flat, self._node("Slice", [flat.outputs[0], *ends])]
             found = nodes[-1].outputs[0]
-        return [*nodes, self._node(tensor, "Reshape", [found, self._numbers(tensor.shape)])]
+        return [*nodes, self._node("Reshape", [found, self._numbers(tensor.shape)])]
 
     def _numbers(self, numbers: Any) -> gs.Constant:
         """A vector of int64, once for each content."""
@@ -126,23 +133,23 @@ class Books:
     def _shared(self, name: str, bits: int, array: NDArray[Any]) -> gs.Constant:
         key = (name, bits)
         if key not in self.shared:
-            stem = f"{name}_{bits}" if bits else name
+            stem = f"{name}_of_{bits}_bits" if bits else name
             self.shared[key] = constant(fresh(self.graph, stem), array)
         return self.shared[key]
 
-    def _keep(self, tensor: gs.Constant, what: str, array: NDArray[Any]) -> gs.Constant:
-        name = fresh(self.graph, f"{tensor.name}_{what}")
+    def _keep(self, what: str, array: NDArray[Any]) -> gs.Constant:
+        name = fresh(self.graph, f"{what}_{self.number}")
         return store(self.graph, name, np.ascontiguousarray(array))
 
-    def _node(self, tensor: gs.Constant, op: str, inputs: list[gs.Tensor], **attrs: Any) -> gs.Node:
+    def _node(self, op: str, inputs: list[gs.Tensor], **attrs: Any) -> gs.Node:
         """A node that is named as its output."""
-        name = fresh(self.graph, f"{tensor.name}_{op.lower()}")
+        name = fresh(self.graph, f"{op.lower()}_{self.number}")
         return gs.Node(op, name, attrs, inputs, [gs.Variable(name)])
 
     def _replace(self, tensor: gs.Constant, nodes: list[gs.Node]) -> None:
         """Let all readers read what the last node makes, with the chain ahead of the first one."""
-        made = nodes[-1].outputs[0]
-        made.dtype, made.shape = tensor.dtype, tensor.shape
+        made = gs.Variable(tensor.name, tensor.dtype, tensor.shape)
+        nodes[-1].outputs = [made]
         readers = {id(node) for node in tensor.outputs}
         first = next(node for node in self.graph.nodes if id(node) in readers)
         replace_uses(tensor, made)

@@ -17,7 +17,7 @@ The weights stay plain here; `store_codebooks` is what makes the file small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -34,13 +34,11 @@ from onnxc.moments import why_no_moments
 from onnxc.numerics import codebook
 from onnxc.numerics.codebook import Codebook
 from onnxc.numerics.kmeans import Init, Points
+from onnxc.numerics.recluster import PINNED, snap
 from onnxc.numerics.sharing import METHODS, Method, Wish, bit_price, share
 from onnxc.ops import knowledge, weight_of
 
 Array = NDArray[Any]
-
-PINNED = 0.1  # share of zeros from which on they stay zeros
-STEPS = 127  # of an int8 grid on either side of 0
 
 
 @register
@@ -112,7 +110,7 @@ class Cluster:
             told += f", {found.entropy:.2f} bits a code"
         if not E.blocks:
             told += f" if inputs are alike: {layer.unmeasured or 'nothing is known of them'}"
-        yield from put(graph, layer, found.weight, context, "cluster", told)
+        yield from put(graph, layer, found.weight, context, "shared", told)
 
     def _shared(self, W: Array, E: Any, has_zeros: bool, seed: int) -> Codebook:
         """The codebook of a weight (groups, outputs, d)."""
@@ -120,23 +118,15 @@ class Cluster:
         wish = Wish(2**self.bits, self.init, self.price, seed)
         levels = share(W, weights, self.method, wish, has_zeros)
         pinned = codebook.pin_of(levels) if has_zeros else None
-        book = codebook.plain(W, self._snap(levels), pinned)
+        is_free = self.grid == "float"
+        book = codebook.plain(W, levels if is_free else snap(levels), pinned)
         if not (self.refine and E.blocks):
             return book
         price = 0.0
         if METHODS[self.method].has_price:
             price = bit_price(Points.of(W, weights), levels, self.price)
         start = codebook.feed_forward(W, E, book)
-        snap: Callable[[Array], Array] | None = self._snap if self.grid == "int8" else None
-        return codebook.fit(W, E, start, price, snap)
-
-    def _snap(self, levels: Array) -> Array:
-        """Levels on the grid that is asked for."""
-        peak = float(np.abs(levels).max(initial=0))
-        if self.grid == "float" or not peak:
-            return levels
-        scale = np.float32(peak / STEPS).astype(np.float64)
-        return np.asarray(np.rint(levels / scale) * scale)
+        return codebook.fit(W, E, start, price, None if is_free else snap)
 
 
 def _outside(graph: gs.Graph) -> Iterator[Skip]:

@@ -3,7 +3,9 @@
 For each Conv, Gemm or MatMul whose weight or input is not what it was, with x̂ its input in the
 rewritten graph with all nodes before it already refit,
 
-    Ŵ, b̂ = argmin E‖t − Ŵ x̂ − b̂‖² + ridge,     zeros of W stay zero (`onnxc.numerics.refit`).
+    Ŵ, b̂ = argmin E‖t − Ŵ x̂ − b̂‖² + ridge,     zeros of W stay zero (`onnxc.numerics.refit`),
+
+and a weight of few distinct values keeps as few (`onnxc.numerics.recluster`).
 
 The goal t is the node's output y in the original, before any activation. Where y only goes into a
 sum s = y + r, it is
@@ -30,6 +32,7 @@ from onnxc.core import Change, Context, Goal, Key, Pass, Skip, register
 from onnxc.graph import captured, constant, fresh, nbytes, store, values
 from onnxc.moments import from_matrix, matrix, moments_key, why_no_moments
 from onnxc.moved import moved
+from onnxc.numerics.recluster import codebook_of, refit_shared
 from onnxc.numerics.refit import Fit, refit
 from onnxc.ops import data_inputs, is_constant, knowledge, weight_of
 
@@ -96,7 +99,7 @@ class RefitNode:
         key = self._key(graph)
         if key not in context.stats:
             return [Skip(self.node, "not refit: its outputs were not compared with the original's")]
-        return [_refit(graph, self._find(graph), context.stats[key])]
+        return [_refit(graph, self._find(graph), context.stats[key], context)]
 
     def _find(self, graph: gs.Graph) -> gs.Node:
         return next(node for node in graph.nodes if node.name == self.node)
@@ -203,19 +206,40 @@ def _depends_on_later(tensor: gs.Tensor, node: gs.Node, graph: gs.Graph) -> bool
     return False
 
 
-def _refit(graph: gs.Graph, node: gs.Node, found: Any) -> Change | Skip:
-    weight, row = weight_of(node), knowledge(node)
-    assert weight is not None
-    W = matrix(node, values(weight).astype(np.float64))
-    b = _bias_of(node).reshape(W.shape[:2])
-    best = refit(found.folds, W, b, _has_bias(node))
-    if row.bias is not None and not _has_bias(node):
+def _refit(graph: gs.Graph, node: gs.Node, found: Any, context: Context) -> Change | Skip:
+    row, (W, b) = knowledge(node), _parts(node)
+    book = codebook_of(W)
+    if book is not None:
+        before = _parts(_maker_like(node, context))
+        best = refit_shared(found.folds, *before, book, b, _has_bias(node))
+    else:
+        best = refit(found.folds, W, b, _has_bias(node))
+    if row.bias is not None and not _has_bias(node) and book is None:
         more = refit(found.folds, W, b, True)
         best = more if more.after < (1 - WORTH) * best.after else best
     scale = float(sum(s.variance().sum() for s in found.folds))
     if not best.after < best.before or scale <= 0:
         return Skip(node.name, "not refit: nothing lowers the error of its outputs")
     return _write(graph, node, best, scale)
+
+
+def _parts(node: gs.Node) -> tuple[Array, Array]:
+    """W (groups, outputs, d) and b (groups, outputs)."""
+    weight = weight_of(node)
+    assert weight is not None
+    W = matrix(node, values(weight).astype(np.float64))
+    return W, _bias_of(node).reshape(W.shape[:2])
+
+
+def _maker_like(node: gs.Node, context: Context) -> gs.Node:
+    """The node of the original that is in its place, if its weight has the same shape."""
+    assert context.original is not None
+    maker = _maker(node.outputs[0].name, context.original)
+    if maker is None or maker.op != node.op:
+        return node
+    mine, other = weight_of(node), weight_of(maker)
+    assert mine is not None
+    return maker if other is not None and other.shape == mine.shape else node
 
 
 def _bias_of(node: gs.Node) -> Array:

@@ -2,10 +2,11 @@
 
     w = levels[code],   b = ⌈log₂ number of levels⌉ bits for a code
 
-The graph makes the weight of the two by operators that ONNX Runtime computes when it loads the file
-(`onnxc.codebooks`): the speed and the memory of the plain weight, a file of b bits a value. Works on
-float weights and on the integers in front of DequantizeLinear alike, so that what `cluster` shares
-is stored small whatever was done to it since. A weight stays where that saves nothing.
+The graph makes the weight of the two by operators that ONNX Runtime computes when it loads the
+file (`onnxc.codebooks`): the speed and the memory of the plain weight, a file of b bits a value.
+Works on float weights and on the integers in front of DequantizeLinear alike, so that what
+`cluster` shares is stored small whatever was done to it since. A weight stays where that saves
+nothing.
 """
 
 from __future__ import annotations

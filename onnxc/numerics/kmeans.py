@@ -53,14 +53,13 @@ class Points:
         w = w if w.any() else np.ones(len(x))
         distinct, place = np.unique(x, return_inverse=True)
         if len(distinct) <= bins:
-            return cls(distinct, np.bincount(place, w), np.bincount(place).astype(np.float64))
+            return cls(distinct, *(_binned(place, v, len(distinct)) for v in (w, 1.0 + 0 * x)))
         low, high = distinct[0], distinct[-1]
         place = np.minimum((x - low) * (bins / (high - low)), bins - 1).astype(np.intp)
-        n, sums = np.bincount(place, minlength=bins), np.bincount(place, w, bins)
-        plain, heavy = np.bincount(place, x, bins), np.bincount(place, w * x, bins)
+        n, total, plain, heavy = (_binned(place, v, bins) for v in (1.0 + 0 * x, w, x, w * x))
         full = n > 0
-        means = np.where(sums > 0, heavy, plain)[full] / np.where(sums > 0, sums, n)[full]
-        return cls(means, sums[full], n[full].astype(np.float64))
+        means = np.where(total > 0, heavy, plain)[full] / np.where(total > 0, total, n)[full]
+        return cls(means, total[full], n[full])
 
     def sums(self) -> tuple[Floats, Floats, Floats]:
         """Prefix sums of w, w x and w x², each starting with 0."""
@@ -71,6 +70,11 @@ class Points:
     def error(self, levels: Floats) -> float:
         """D, with each number on its nearest level."""
         return float(self.w @ (self.x - levels[nearest(self.x, levels)]) ** 2)
+
+
+def _binned(place: Indices, v: Floats, count: int) -> Floats:
+    """Sums of v in each bin."""
+    return np.asarray(np.bincount(place, v, count), np.float64)
 
 
 def nearest(x: Floats, levels: Floats) -> Indices:
