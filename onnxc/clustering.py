@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, WIDEST, least_opset
 from onnxc.core import Pass
 from onnxc.workpiece import Workpiece
 from passes.cluster import Cluster
+from passes.quantize import Quantize
 from passes.reconstruct import Reconstruct
 from passes.store_codebooks import StoreCodebooks
 from passes.upgrade_opset import UpgradeOpset
@@ -18,10 +20,12 @@ from passes.upgrade_opset import UpgradeOpset
 class ClusterSettings:
     """How weights share values; the options of `onnxc cluster` besides data, target and nodes.
 
-    reconstruct: whether layers are refit to the original's outputs, one after the other.
+    format: the model computes in float, or in integers with codebooks of int8 values. reconstruct:
+    whether layers are refit to the original's outputs, one after the other.
     """
 
     cluster: Cluster = field(default_factory=Cluster)
+    format: Literal["float", "int8-codebook"] = "float"
     reconstruct: bool = True
 
     @property
@@ -32,8 +36,10 @@ class ClusterSettings:
 
 def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The one way, named by what is shared."""
-    bits = settings.cluster.bits
+    bits, is_float = settings.cluster.bits, settings.format == "float"
+    cluster = settings.cluster if is_float else replace(settings.cluster, grid="int8")
     opset = NIBBLE_OPSET if bits == NIBBLE else max(map(least_opset, range(1, WIDEST + 1)))
     refit: tuple[Pass, ...] = (Reconstruct(),) if settings.reconstruct else ()
-    passes: tuple[Pass, ...] = (UpgradeOpset(opset), settings.cluster, *refit, StoreCodebooks())
-    return {settings.cluster.summary: passes}
+    integers: tuple[Pass, ...] = () if is_float else (Quantize(per_tensor=True),)
+    first: tuple[Pass, ...] = (UpgradeOpset(opset), cluster)
+    return {cluster.summary: (*first, *refit, *integers, StoreCodebooks())}

@@ -41,10 +41,10 @@ Floats = NDArray[np.float64]
 Codes = NDArray[np.intp]
 Mask = NDArray[np.bool_]
 
-ROUNDS, SETTLED = 30, 1e-3  # of codes and levels in turn; a gain in E that ends them
+ROUNDS, SETTLED = 30, 3e-3  # of codes and levels in turn; a gain in E that ends them
 SWEEPS = 2  # of the codes in a round
 WIDTH = 64  # columns whose changes are multiplied out together
-SOLVED = 1e-6  # ‖residual‖ of the levels, of the first one
+SOLVED = 1e-3  # ‖residual‖ of the levels, of the first one
 CHUNK = 1 << 22  # costs that are compared at once
 
 Choose = Callable[[Floats, Floats], Codes]  # of w*_j and C_jj, the codes

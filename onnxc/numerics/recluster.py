@@ -69,8 +69,8 @@ def refit_shared(
     E, peak = Quadratic((_ridged(m.H, target.ridge),)), np.abs(W).max()
     goal = np.clip(target.W, -peak, peak)  # beyond lies what next to nothing comes in for
     starts = (book, feed_forward(goal, E, book))
-    tried = [fit(goal, E, start, snap=snapper(book.levels)).weight for start in starts]
-    found = min(tried, key=lambda X: E.error(goal - X))
+    start = min(starts, key=lambda tried: E.error(goal - tried.weight))
+    found = fit(goal, E, start, snap=snapper(book.levels)).weight
     shift = m.t - np.einsum("god,gd->go", found, m.x) if is_biased else bias
     return Fit(found, shift, before, _error(folds, found, shift), target.ridge)
 

@@ -14,7 +14,8 @@ D being what the levels of `hessian` cost: at high resolution a bit divides D by
 price of 1 a bit of code costs what it would save there. Levels that nobody takes vanish.
 
 Of **gmm**, the likelihood of Σ_a π_a N(x; c_a, σ_a²) is climbed by EM; then each weight goes to the
-component that most likely made it.
+component that most likely made it. σ_a is bounded, and the bound shrinks from step to step: of free
+widths few components would take all weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxc.numerics.kmeans import Init, Points, exact, lloyd, nearest, start
+from onnxc.numerics.kmeans import Init, Points, exact, lloyd, start
 
 Floats = NDArray[np.float64]
 Method = Literal["kmeans", "hessian", "ecsq", "gmm", "dp"]
@@ -86,14 +87,15 @@ def _gmm(points: Points, wish: Wish) -> Floats:
     levels = start(points, wish.count, wish.init, wish.seed)
     gap = max(float(points.x[-1] - points.x[0]) / wish.count, 1e-300)
     variance, pi = np.full(len(levels), gap**2 / 4), np.full(len(levels), 1 / len(levels))
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        widest = gap * NARROWEST ** (step / STEPS)
         r = _responsibility(x, levels, variance, pi) * share[:, None]
         mass = r.sum(axis=0)
         alive = mass > RARE
         r, pi = r[:, alive], mass[alive]
         levels = (r * x).sum(axis=0) / pi
         spread = (r * (x - levels) ** 2).sum(axis=0) / pi
-        variance = np.maximum(spread, (NARROWEST * gap) ** 2)
+        variance = np.clip(spread, (NARROWEST * gap) ** 2, widest**2)
     chosen = np.argmax(_responsibility(x, levels, variance, pi), axis=1)
     return np.unique(levels[np.unique(chosen)])
 
@@ -139,6 +141,3 @@ def share(
     points = Points.of(numbers.reshape(-1)[kept], w)
     found = row.find(points, wanted)
     return np.unique(np.append(found, 0.0)) if has_zero else np.unique(found)
-
-
-__all__ = ["METHODS", "Method", "Wish", "bit_price", "nearest", "share"]
