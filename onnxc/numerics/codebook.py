@@ -183,7 +183,8 @@ def _sweep(W: Floats, C: Floats, levels: Floats, codes: Codes, kept: Mask, choos
             moved = levels[a] - now
             inside -= moved[..., None] * C[:, None, j, begin:end]
             codes[..., j] = a
-        R -= (levels[codes[..., begin:end]] - old) @ C[:, begin:end]
+        moved = levels[codes[..., begin:end]] - old
+        R[..., end:] -= moved @ C[:, begin:end, end:]  # what is behind is not read again
 
 
 def _chooser(book: Codebook, price: float) -> Choose:
