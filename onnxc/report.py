@@ -2,7 +2,7 @@
 
 A report is a plain dataclass, and `to_json` writes any of them: its fields are the keys, in order.
 
-    quantize, sparsify  Report          --dry-run of these  Preview         inspect    Inspection
+    quantize, cluster … Report          --dry-run of these  Preview         inspect    Inspection
     validate            Validation      bench               Benchmark       calibrate  Calibrated
 
     aim                 {name, done, seeks}: the task, the word for a node it changed, what counts
