@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_limits
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.errors import OptionError
 from onnxc.graph import walk
-from onnxc.layers import Layer, error, layers, put
+from onnxc.matrices import Layer, error, layers, put
 from onnxc.moments import why_no_moments
 from onnxc.numerics import sparse
 from onnxc.numerics.sparse import Pattern, Quadratic
