@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxc.api import QuantizeSettings as QuantizeSettings
     from onnxc.api import benchmark as benchmark
     from onnxc.api import calibrate as calibrate
+    from onnxc.api import cluster as cluster
     from onnxc.api import factorize as factorize
     from onnxc.api import inspect as inspect
     from onnxc.api import load as load
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "onnxc.api": (
-        *("QuantizeSettings", "benchmark", "calibrate", "factorize", "inspect", "load"),
+        *("QuantizeSettings", "benchmark", "calibrate", "cluster", "factorize", "inspect", "load"),
         *("merge_statistics", "pack", "preview", "prune", "quantize", "save", "sparsify"),
         *("unpack", "validate"),
     ),

@@ -49,13 +49,14 @@ from onnxc.request import (
 )
 from onnxc.runtime import Runtime
 from onnxc.search import untimed
-from onnxc.tasks import FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
+from onnxc.tasks import CLUSTER, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 from onnxc.vectors import write_vectors
 
 __all__ = [
     "QuantizeSettings",
     "benchmark",
     "calibrate",
+    "cluster",
     "factorize",
     "inspect",
     "load",
@@ -107,6 +108,14 @@ def factorize(model: ModelPath, **request: Any) -> Report:
     Takes and raises what `quantize` does, with the fields of `FactorizeSettings` as settings.
     """
     return write(FACTORIZE, asked(FACTORIZE, model, request))
+
+
+def cluster(model: ModelPath, **request: Any) -> Report:
+    """Let the weights of each layer of a model share few values, and prove it.
+
+    Takes and raises what `quantize` does, with the fields of `ClusterSettings` as settings.
+    """
+    return write(CLUSTER, asked(CLUSTER, model, request))
 
 
 def write(task: Task, request: Request) -> Report:

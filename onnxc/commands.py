@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
 from onnxc.report import Report
-from onnxc.tasks import FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
+from onnxc.tasks import CLUSTER, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 
 ModelArgument = click.Path(path_type=Path)
 Render = Callable[[Any], RenderableType]
@@ -160,6 +160,15 @@ def prune(context: click.Context, /, **settings: Any) -> int:
 def factorize(context: click.Context, /, **settings: Any) -> int:
     """Replace layers of MODEL by thinner ones of low rank, and prove it."""
     return _write(FACTORIZE, api.factorize, context, settings)
+
+
+@onnxc.command(
+    cls=Example, example="onnxc cluster model.onnx --data calib/ --bits 4 -o model.clustered.onnx"
+)
+@writing(CLUSTER)
+def cluster(context: click.Context, /, **settings: Any) -> int:
+    """Let the weights of each layer of MODEL share few values, and prove it."""
+    return _write(CLUSTER, api.cluster, context, settings)
 
 
 def _write(

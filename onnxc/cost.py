@@ -163,6 +163,8 @@ def _expands_codes(node: gs.Node) -> bool:
     """Whether a node makes a float matrix of one that is stored in at most 8 bits."""
     if node.op != "Cast" or not isinstance(node.inputs[0], gs.Constant):
         return False
+    if type_name(int(node.attrs["to"])) not in FLOATS:  # an index into a codebook
+        return False
     codes = node.inputs[0]
     return len(codes.shape) >= 2 and type_name(codes.dtype) in ("int8", "uint8", "int4", "uint4")
 

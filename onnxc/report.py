@@ -2,7 +2,7 @@
 
 A report is a plain dataclass, and `to_json` writes any of them: its fields are the keys, in order.
 
-    quantize, sparsify  Report          --dry-run of these  Preview         inspect    Inspection
+    quantize, cluster … Report          --dry-run of these  Preview         inspect    Inspection
     validate            Validation      bench               Benchmark       calibrate  Calibrated
 
     aim                 {name, done, seeks}: the task, the word for a node it changed, what counts
@@ -57,13 +57,13 @@ class Measure:
 class Aim:
     """What a writing command is for. name: of the command. done: what it does to a node, in words.
 
-    seeks: what the user gains by it. A result that is slower is no gain, except of zeros, which
-    are stored smaller whatever their speed.
+    seeks: what the user gains by it. A result that is slower is no gain, except of zeros and size,
+    which are stored smaller whatever their speed.
     """
 
     name: str
     done: str
-    seeks: Literal["integers", "speed", "zeros"] = "speed"
+    seeks: Literal["integers", "speed", "zeros", "size"] = "speed"
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _size_fact(report: Report | Validation) -> Iterator[str]:
 
 
 def _seeks_speed(report: Report | Validation) -> bool:
-    return not isinstance(report, Report) or report.aim.seeks != "zeros"
+    return not isinstance(report, Report) or report.aim.seeks not in ("zeros", "size")
 
 
 def _zeros_fact(report: Report | Validation) -> Iterator[str]:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from onnxc import factorization, pruning, quantization, sparsification
+from onnxc import clustering, factorization, pruning, quantization, sparsification
+from onnxc.clustering import ClusterSettings
 from onnxc.core import Pass
 from onnxc.factorization import FactorizeSettings
 from onnxc.pruning import PruneSettings
@@ -72,3 +73,4 @@ FACTORIZE = Task(
     factorization.ways,
     missed=factorization.missed,
 )
+CLUSTER = Task(Aim("cluster", "clustered", "size"), ClusterSettings, clustering.ways)

@@ -1,5 +1,6 @@
 """One rewrite a file. Importing this package enters every pass into `onnxc.core.PASSES`."""
 
+from passes.cluster import Cluster
 from passes.correct_bias import CorrectBias
 from passes.drop_identity import DropIdentity
 from passes.drop_zero_states import DropZeroStates
@@ -18,11 +19,13 @@ from passes.share_constants import ShareConstants
 from passes.shrink import Shrink
 from passes.simplify_shapes import SimplifyShapes
 from passes.sparsify import Sparsify
+from passes.store_codebooks import StoreCodebooks
 from passes.to_qoperator import ToQOperator
 from passes.upgrade_opset import UpgradeOpset
 from passes.widen import Widen
 
 __all__ = [
+    "Cluster",
     "CorrectBias",
     "DropIdentity",
     "DropZeroStates",
@@ -41,6 +44,7 @@ __all__ = [
     "Shrink",
     "SimplifyShapes",
     "Sparsify",
+    "StoreCodebooks",
     "ToQOperator",
     "UpgradeOpset",
     "Widen",

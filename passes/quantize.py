@@ -41,6 +41,7 @@ class Quantize:
     activations. spread: whether cheap operators between heavy ones compute in integers too.
     power_of_two: scales are powers of two. ops: only heavy nodes of these operators; empty for all.
     leave: heavy nodes to leave float, whose Q/DQ pairs cost more than their kernels gain.
+    per_tensor: one scale for all of a weight, so that a weight of few values keeps them few.
     """
 
     name: ClassVar[str] = "quantize"
@@ -53,6 +54,7 @@ class Quantize:
     power_of_two: bool = False
     ops: tuple[str, ...] = ()
     leave: tuple[str, ...] = ()
+    per_tensor: bool = False
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         return self._placement(graph, context).keys().values()
@@ -175,7 +177,8 @@ class _Writer:
     def _weight(self, node: gs.Node, weight: gs.Constant) -> Array:
         """Replace the weight by DQ(integers); returns the scales (channels,) or ()."""
         grid = weight_grid(self.context.target, self.settings.bits)
-        axis, array = weight_axis(node, self.context), values(weight)
+        axis = None if self.settings.per_tensor else weight_axis(node, self.context)
+        array = values(weight)
         scale = self._guarded(node, scales(array, axis, grid, self.settings.power_of_two))
         key = (id(weight), axis, scale.tobytes())
         if key not in self.weights:

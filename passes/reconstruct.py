@@ -3,7 +3,9 @@
 For each Conv, Gemm or MatMul whose weight or input is not what it was, with x̂ its input in the
 rewritten graph with all nodes before it already refit,
 
-    Ŵ, b̂ = argmin E‖t − Ŵ x̂ − b̂‖² + ridge,     zeros of W stay zero (`onnxc.numerics.refit`).
+    Ŵ, b̂ = argmin E‖t − Ŵ x̂ − b̂‖² + ridge,     zeros of W stay zero (`onnxc.numerics.refit`),
+
+and a weight of few distinct values keeps as few (`onnxc.numerics.recluster`).
 
 The goal t is the node's output y in the original, before any activation. Where y only goes into a
 sum s = y + r, it is
@@ -35,6 +37,7 @@ from onnxc.graph import captured, constant, fresh, nbytes, store, values
 from onnxc.moments import from_matrix, matrix, moments_key, why_no_moments
 from onnxc.moved import moved
 from onnxc.numerics.nonlinear import Bent, bend
+from onnxc.numerics.recluster import codebook_of, refit_shared
 from onnxc.numerics.refit import Fit, Sums, refit
 from onnxc.ops import bounds, data_inputs, is_absorbed, is_constant, knowledge, weight_of
 
@@ -110,19 +113,23 @@ class RefitNode:
         found, rows = (context.stats.get(self._key(graph, what)) for what in ("goal", "rows"))
         if found is None:
             return [Skip(self.node, "not refit: its outputs were not compared with the original's")]
-        return [self._refit(graph, self._find(graph), found, rows)]
+        return [self._refit(graph, self._find(graph), found, rows, context)]
 
-    def _refit(self, graph: gs.Graph, node: gs.Node, found: Any, rows: Any) -> Change | Skip:
-        weight = weight_of(node)
-        assert weight is not None
-        W = matrix(node, values(weight).astype(np.float64))
-        b = bias_of(node).reshape(W.shape[:2])
-        best = _fit(node, found.folds, W, b)
+    def _refit(
+        self, graph: gs.Graph, node: gs.Node, found: Any, rows: Any, context: Context
+    ) -> Change | Skip:
+        W, b = _parts(node)
+        book = codebook_of(W)
+        if book is None:
+            best = _fit(node, found.folds, W, b)
+        else:
+            whole = _parts(_maker_like(node, context))
+            best = refit_shared(found.folds, *whole, book, b, _has_bias(node))
         scale = float(sum(s.variance().sum() for s in found.folds))
         if not best.after < best.before or scale <= 0:
             return Skip(node.name, "not refit: nothing lowers the error of its outputs")
         what = f"refit, error of its outputs {best.before / scale:.2%} to {best.after / scale:.2%}"
-        if rows is None or self.high is None:
+        if rows is None or self.high is None or book is not None:
             return _write(graph, node, best.W, best.b, what)
         is_biased = _has_bias(node) or bool(best.b.any())
         bent = bend(found.folds, rows.folds, W, b, best, is_biased, self.high)
@@ -248,6 +255,25 @@ def _fit(node: gs.Node, folds: Sequence[Sums], W: Array, b: Array) -> Fit:
         return best
     more = refit(folds, W, b, True)
     return more if more.after < (1 - WORTH) * best.after else best
+
+
+def _parts(node: gs.Node) -> tuple[Array, Array]:
+    """W (groups, outputs, d) and b (groups, outputs)."""
+    weight = weight_of(node)
+    assert weight is not None
+    W = matrix(node, values(weight).astype(np.float64))
+    return W, bias_of(node).reshape(W.shape[:2])
+
+
+def _maker_like(node: gs.Node, context: Context) -> gs.Node:
+    """The node of the original that is in its place, if its weight has the same shape."""
+    assert context.original is not None
+    maker = _maker(node.outputs[0].name, context.original)
+    if maker is None or maker.op != node.op:
+        return node
+    mine, other = weight_of(node), weight_of(maker)
+    assert mine is not None
+    return maker if other is not None and other.shape == mine.shape else node
 
 
 def _told(bent: Bent) -> str:

@@ -22,8 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,84 +30,18 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxc.biases import has_place, shift_bias
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.errors import OptionError
-from onnxc.graph import captured, fresh, nbytes, store, values, walk
-from onnxc.moments import from_matrix, matrix, mean_output, moments_key, why_no_moments
+from onnxc.graph import walk
+from onnxc.matrices import Layer, error, layers, put
+from onnxc.moments import why_no_moments
 from onnxc.numerics import sparse
-from onnxc.numerics.patches import Window
 from onnxc.numerics.sparse import Pattern, Quadratic
 from onnxc.ops import knowledge, weight_of
 
 Array = NDArray[Any]
 
-WIDEST = 2048  # columns of C that are solved for together
 SLACK = 1e-6  # of a share of zeros
-
-
-@dataclass
-class Layer:
-    """A weight and the nodes that multiply by it. obstacle: why it stays as it is."""
-
-    weight: gs.Constant
-    nodes: list[gs.Node] = field(default_factory=list)
-    obstacle: str = ""
-
-    @property
-    def size(self) -> int:
-        return prod(self.weight.shape)
-
-    @property
-    def zeros(self) -> int:
-        return self.size - int(np.count_nonzero(values(self.weight)))
-
-    @property
-    def matrix(self) -> Array:
-        """The weight as (groups, outputs, d), float64; of a recurrent one, all gates as outputs."""
-        array = values(self.weight).astype(np.float64)
-        if knowledge(self.nodes[0]).out_axis is None:
-            return array.reshape(1, -1, array.shape[-1])
-        return matrix(self.nodes[0], array)
-
-    def shaped(self, found: Array) -> Array:
-        """The weight that a matrix is of."""
-        shape = tuple(self.weight.shape)
-        is_plain = knowledge(self.nodes[0]).out_axis is None
-        array = found.reshape(shape) if is_plain else from_matrix(self.nodes[0], found, shape)
-        return array.astype(self.weight.dtype)
-
-    @property
-    def window(self) -> Window:
-        """How the first node cuts its input into rows."""
-        cut = knowledge(self.nodes[0]).window
-        assert cut is not None
-        return cut(self.nodes[0])
-
-    @property
-    def offsets(self) -> int:
-        """Kernel offsets for each input channel in a row of the matrix."""
-        return prod(self.window.kernel)
-
-    @property
-    def channels(self) -> int:
-        """Input channels of a group."""
-        axis = knowledge(self.nodes[0]).in_axis
-        if axis is None:
-            return int(self.weight.shape[-1])
-        channels = int(self.weight.shape[axis(self.nodes[0])])
-        return channels if self.window.kernel else channels // self.window.groups
-
-    @property
-    def has_biases(self) -> bool:
-        """Whether a bias of each node can take in what the mean of its output moves by."""
-        scaled = (n.attrs.get(key, 1.0) != 1.0 for n in self.nodes for key in ("alpha", "beta"))
-        return all(map(has_place, self.nodes)) and not any(scaled)
-
-    @property
-    def is_overlapping(self) -> bool:
-        """Whether several rows of the matrix make one output channel, as in ConvTranspose."""
-        return len(self.weight.shape) > 2 and not self.window.kernel
 
 
 @register
@@ -152,8 +85,7 @@ class Sparsify:
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         found = layers(graph, context.only.names(graph))
-        nodes = (n for layer in found if not self._obstacle(layer) for n in layer.nodes)
-        return [key for node in nodes if (key := moments_key(node)) is not None]
+        return [key for layer in found if not self._obstacle(layer) for key in layer.keys]
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         with threadpool_limits(1, user_api="blas"):  # most matrices are too small to share
@@ -172,8 +104,9 @@ class Sparsify:
 
     def _obstacle(self, layer: Layer) -> str:
         """Why a weight stays as it is, or cannot have the N:M pattern; empty if it can."""
-        if layer.obstacle or self.pattern is None:
-            return layer.obstacle
+        obstacle = layer.obstacle or layer.unmeasured
+        if obstacle or self.pattern is None:
+            return obstacle
         channels, m = layer.channels, self.pattern[1]
         return f"its {channels} input channels are no multiple of {m}" if channels % m else ""
 
@@ -190,7 +123,7 @@ class Sparsify:
         return sparse.allocate(curves, sizes, self.sparsity)
 
     def _curve(self, layer: Layer, context: Context) -> Array:
-        E = _error(layer, context)
+        E = error(layer, context)
         return sparse.curve(layer.matrix, E, self._criterion(E))
 
     def _criterion(self, E: Quadratic) -> sparse.Criterion:
@@ -213,52 +146,13 @@ class Sparsify:
             reason = none if share < SLACK else "it is that sparse already"
             yield from (Skip(node.name, f"not sparse: {reason}") for node in layer.nodes)
             return
-        E = _error(layer, context)
+        E = error(layer, context)
         found = sparse.sparse(W, E, self._criterion(E), keeps)
         zeros, lost = np.mean(found == 0), E.error(W - found) / E.error(W)
         what = f"made sparse, {100 * zeros:.1f} % zero, {100 * lost:.2g} % of its output lost"
         if not E.blocks:
             what += " if inputs are alike: nothing is known of them, so by magnitude"
-        yield from _store(graph, layer, found, context, what)
-
-
-def layers(graph: gs.Graph, allowed: frozenset[str]) -> list[Layer]:
-    """Weights that nodes of the main graph multiply by, in order, with what is in the way."""
-    found: dict[int, Layer] = {}
-    for node in graph.nodes:
-        weight = weight_of(node)
-        if weight is not None and knowledge(node).window is not None:
-            found.setdefault(id(weight), Layer(weight)).nodes.append(node)
-    read = captured(graph)
-    for layer in found.values():
-        layer.obstacle = _obstacle(graph, layer, allowed, read)
-    return list(found.values())
-
-
-def _obstacle(graph: gs.Graph, layer: Layer, allowed: frozenset[str], read: set[str]) -> str:
-    weight, (first, *others) = layer.weight, layer.nodes
-    for node in layer.nodes:
-        if node.name not in allowed:
-            return f"{node.name} is excluded" if others else "excluded"
-        reason = why_no_moments(node)
-        if reason:
-            return reason
-    stranger = next((n for n in weight.outputs if not any(n is m for m in layer.nodes)), None)
-    if stranger is not None:
-        return f"{stranger.name} reads its weight too"
-    if weight.name in read or any(weight is tensor for tensor in graph.outputs):
-        return "its weight is read outside of the graph"
-    if any(_way(node) != _way(first) for node in others):
-        return f"{others[0].name} reads its weight in another way"
-    return "" if np.isfinite(values(weight)).all() else "its weight is not finite"
-
-
-def _way(node: gs.Node) -> tuple[Any, ...]:
-    """How a node reads its weight as a matrix."""
-    row = knowledge(node)
-    assert row.window is not None
-    axis = None if row.out_axis is None else row.out_axis(node)
-    return axis, row.window(node).groups, bool(row.window(node).kernel)
+        yield from put(graph, layer, found, context, "sparse", what)
 
 
 def _outside(graph: gs.Graph) -> Iterator[Skip]:
@@ -269,44 +163,3 @@ def _outside(graph: gs.Graph) -> Iterator[Skip]:
                 yield Skip(node.name, "not sparse: it is inside a nested body")
             elif weight_of(node) is None:
                 yield Skip(node.name, f"not sparse: {why_no_moments(node)}")
-
-
-def _moments(layer: Layer, context: Context) -> list[Any]:
-    """The statistics of the inputs of a layer's nodes; none where one is missing."""
-    keys = (moments_key(node) for node in layer.nodes)
-    found = [None if key is None else context.stats.get(key) for key in keys]
-    return found if all(f is not None and f.is_finite and f.count for f in found) else []
-
-
-def _error(layer: Layer, context: Context) -> Quadratic:
-    """E of a layer, the mean over its nodes."""
-    found = _moments(layer, context)
-    if not found:
-        return Quadratic()
-    is_centred = layer.has_biases and not layer.is_overlapping
-    parts = [
-        sparse.quadratic(f.blocks(WIDEST), f.mean if is_centred else None, f.count).blocks
-        for f in found
-    ]
-    if len({tuple(b.shape for b in blocks) for blocks in parts}) > 1:
-        return Quadratic(parts[0])
-    return Quadratic(tuple(sum(same) / len(parts) for same in zip(*parts, strict=True)))
-
-
-def _store(
-    graph: gs.Graph, layer: Layer, found: Array, context: Context, what: str
-) -> Iterator[Change]:
-    """Put a new weight in place, and let biases take in what the mean outputs moved by."""
-    old, array = layer.weight, layer.shaped(found)
-    made = store(graph, fresh(graph, f"{old.name}_sparse"), array)
-    moved = values(old).astype(np.float64) - array.astype(np.float64)
-    moments = _moments(layer, context) if layer.has_biases else []
-    for node in layer.nodes:
-        position = knowledge(node).weight
-        assert position is not None
-        node.inputs[position] = made
-    for node, stats in zip(layer.nodes, moments, strict=False):
-        shift_bias(graph, node, mean_output(node, moved, stats.mean), "sparse")
-    first, *others = layer.nodes
-    yield Change(first.name, what, nbytes(old), nbytes(made))
-    yield from (Change(node.name, f"shares its weight with {first.name}") for node in others)

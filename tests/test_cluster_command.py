@@ -1,0 +1,84 @@
+"""`onnxc cluster` from a model file to the written, proven one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calls import call, report_of
+
+import onnxc
+from onnxc.pipeline import prepare
+from onnxc.recipe import loads
+from onnxc.zeros import count_zeros
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+TOKENS, TOKEN_DATA = MODELS / "digits_transformer.onnx", MODELS / "digits_transformer_calib.npz"
+IMAGES, IMAGE_DATA = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn_calib.npz"
+ARGUMENTS = ("cluster", TOKENS, "--data", TOKEN_DATA, "--samples", 20)
+
+
+@pytest.fixture(autouse=True)
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_clustered_file_is_small_and_proven(capsys: Any) -> None:
+    found = report_of(capsys, *ARGUMENTS, "-o", "o.onnx")
+    assert found["after"]["bytes"] < found["before"]["bytes"] / 2.5
+    assert found["comparison"]["agreement"] > 0.9
+    assert found["count"] and found["aim"]["seeks"] == "size"
+    assert found["after"]["bytes"] == Path("o.onnx").stat().st_size
+    names = [p.name for p in loads(found["recipe"]).passes]
+    assert names == ["upgrade-opset", "cluster", "reconstruct", "store-codebooks"]
+
+
+def test_the_recipe_replays_it_byte_for_byte(capsys: Any) -> None:
+    extra = ("--bits", 3, "--method", "hessian", "--init", "kmeans++", "--no-reconstruct")
+    found = report_of(capsys, *ARGUMENTS, *extra, "-o", "1.onnx")
+    Path("r.toml").write_text(found["recipe"])
+    report_of(capsys, "cluster", TOKENS, "--recipe", "r.toml", "-o", "2.onnx")
+    assert Path("1.onnx").read_bytes() == Path("2.onnx").read_bytes()
+
+
+def test_a_refit_lowers_the_error_and_keeps_the_values(capsys: Any) -> None:
+    arguments = (*ARGUMENTS, "--bits", 2, "--include", "op:Gemm", "--include", "op:MatMul")
+    alone = report_of(capsys, *arguments, "--no-reconstruct", "-o", "1.onnx")
+    refit = report_of(capsys, *arguments, "-o", "2.onnx")
+    assert refit["comparison"]["sqnr"] > alone["comparison"]["sqnr"]
+    sizes = [Path(f"{i}.onnx").stat().st_size for i in (1, 2)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+
+
+def test_int8_codebooks_run_in_integer_kernels(capsys: Any) -> None:
+    arguments = ("cluster", IMAGES, "--data", IMAGE_DATA, "--samples", 30)
+    report_of(capsys, *arguments, "--format", "int8-codebook", "--no-reconstruct", "-o", "o.onnx")
+    found = onnxc.validate(IMAGES, "o.onnx", data=IMAGE_DATA, samples=20)
+    assert found.coverage is not None and found.coverage.integer >= 2
+    assert found.after.bytes < found.before.bytes / 4
+    stored = [n.op for n in onnxc.load("o.onnx").graph.nodes]
+    assert "Gather" in stored and "DequantizeLinear" in stored
+
+
+def test_sparsify_then_cluster_keeps_the_zeros(capsys: Any) -> None:
+    data = ("--data", TOKEN_DATA, "--samples", 20)
+    zeros = ("--sparsity", 0.6, "--criterion", "magnitude", "--no-reconstruct")
+    assert call("sparsify", TOKENS, *data, *zeros, "-o", "s.onnx", "--quiet") in (0, 1)
+    report_of(capsys, "cluster", "s.onnx", *data, "--no-reconstruct", "-o", "c.onnx")
+    model = onnxc.load("c.onnx")
+    prepare(model)  # which unpacks it
+    assert count_zeros(model).share > 0.55
+
+
+def test_options_that_mean_nothing_are_told(capsys: Any) -> None:
+    assert call(*ARGUMENTS, "--bits", 9) == 2
+    assert "1 to 8" in capsys.readouterr().err
+
+
+def test_without_data_it_says_so(capsys: Any) -> None:
+    found = report_of(capsys, "cluster", TOKENS, "-o", "o.onnx", "--bits", 6, "--no-reconstruct")
+    assert "without data" in found["headline"] or "synthesized" in found["headline"]
+    assert np.isfinite(found["comparison"]["sqnr"])
