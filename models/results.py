@@ -36,6 +36,7 @@ WAYS = {
     "fixed point, 16 bits": QuantizeSettings("qdq", "fixed", 16),
 }
 HEADINGS = ("format", "file", "top-1", "agreement", "SQNR", "speed", "int kernels")
+REAL = "\n# Real networks\n"
 TITLE = "# Results\n\nMade by `python models/results.py`; do not edit.\n"
 
 
@@ -43,7 +44,9 @@ def main() -> None:
     """Write RESULTS.md beside this script and print it."""
     sections = ["\n".join(_section(name)) for name in NETWORKS]
     text = "\n".join((TITLE, _setting(), *sections))
-    (HERE / "RESULTS.md").write_text(text.rstrip() + "\n", encoding="utf-8")
+    old = (HERE / "RESULTS.md").read_text(encoding="utf-8")
+    _, mark, real = old.partition(REAL)  # the part that tests/bench writes
+    (HERE / "RESULTS.md").write_text(f"{text.rstrip()}\n{mark}{real}", encoding="utf-8")
     print(text)
 
 

@@ -224,7 +224,7 @@ def _choice(found: Sequence[search.Trial], chosen: search.Trial) -> tuple[str, .
     if len(found) < 2:
         return ()
     tried = "; ".join(trial.summary for trial in found)
-    return (f"chose {chosen.name} by measurement: {tried}",)
+    return (f"chosen by measurement: {chosen.name} ({tried})",)
 
 
 def _failed(tried: Attempt, chosen: search.Trial) -> tuple[str, ...]:

@@ -415,6 +415,7 @@ def test_workers_and_a_scheduler_are_too_much(
 
 READY = """
 import sys
+import time
 from calib.cluster import Crew
 from onnxc.cli import main
 
@@ -424,6 +425,7 @@ def ready(self, *rest):
     submit(self, *rest)
     pids = self.client.run(__import__("os").getpid).values()
     print(*pids, flush=True)
+    time.sleep(60)  # until the signal comes, however fast the workers are
 
 Crew._submit = ready
 if __name__ == "__main__":

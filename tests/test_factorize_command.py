@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import report_of
+from calls import call, report_of
 
 import onnxc
 from onnxc.errors import OptionError
@@ -76,3 +76,20 @@ def test_without_data_it_is_said(capsys: Any) -> None:
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         FactorizeSettings(**settings)
+
+
+def test_factors_are_layers_to_all_other_commands(capsys: Any) -> None:
+    """Pruned, computed in integers, clustered and packed like any other layers."""
+    model, data = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn_calib.npz"
+    common = ("--data", data, "--samples", 40)
+    told = ("--macs", 0.6, "--method", "spatial", "--allocation", "uniform")
+    thin = report_of(capsys, "factorize", model, *common, *told, "-o", "thin.onnx")
+    pruning = ("--ratio", 0.2, "--allocation", "uniform", "--include", "*_factor*")
+    pruned = report_of(capsys, "prune", "thin.onnx", *common, *pruning, "-o", "pruned.onnx")
+    assert pruned["count"] and pruned["after"]["macs"] < thin["after"]["macs"]
+    whole = report_of(capsys, "quantize", "thin.onnx", *common, "--format", "qdq", "-o", "q.onnx")
+    assert whole["coverage"]["integer"] == whole["coverage"]["total"] > 10
+    few = report_of(capsys, "cluster", "thin.onnx", *common, "--bits", 5, "-o", "few.onnx")
+    assert few["after"]["bytes"] < 0.3 * thin["after"]["bytes"]
+    assert call("pack", "few.onnx", "-o", "few.onnxz") == 0
+    assert Path("few.onnxz").stat().st_size < Path("few.onnx").stat().st_size

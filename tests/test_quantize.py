@@ -10,7 +10,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from quantizing import BORDERS, Feed, apply, dataset, decibels, inside, kernels
-from texts import bind, changed, normal, ops, outputs, reasons
+from texts import bind, changed, exact_sums, normal, ops, outputs, reasons
 
 from onnxc.check import coverage
 from onnxc.core import Context, Skip
@@ -121,6 +121,7 @@ BETWEEN = {
 
 
 @pytest.mark.parametrize("name", BETWEEN)
+@exact_sums
 def test_what_lies_between_computes_in_integers(name: str) -> None:
     case = BETWEEN[name]
     model, step = apply(case.model, Quantize(), IMAGE)
@@ -202,6 +203,7 @@ def joined(nodes: str, declared: str = "", port: str = "", more: str = "") -> on
     ],
     ids=["relu", "signed", "mixed", "bounds", "read elsewhere"],
 )
+@exact_sums
 def test_tensors_that_a_concat_alone_reads_share_its_scale(
     proto: onnx.ModelProto, scales: int
 ) -> None:
@@ -237,6 +239,7 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("bias", [False, True])
+@exact_sums
 def test_convolutions(name: str, bias: bool) -> None:
     ports, weight, attributes, sample = CONVOLUTIONS[name]
     text = ", ".join(f"{key} = {value}" for key, value in attributes.items())
@@ -300,6 +303,7 @@ def test_gemm_with_a_transposed_input_stays_float() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)])
+@exact_sums
 def test_matmul_returns_float(shape: tuple[int, ...]) -> None:
     free = ",".join("ABC"[: len(shape) - 1])
     proto = bind(
@@ -312,6 +316,7 @@ def test_matmul_returns_float(shape: tuple[int, ...]) -> None:
     assert decibels(proto, model, feed) > BOUND + 5
 
 
+@exact_sums
 def test_the_bias_behind_a_batch_of_products_is_added_in_float() -> None:
     """ONNX Runtime would merge a vector and the product into a Gemm, and leave that float."""
     proto = bind(
@@ -417,6 +422,7 @@ def test_a_graph_input_read_twice_gets_one_pair() -> None:
     assert inside(model) == ["QLinearConv", "QLinearConv"]
 
 
+@exact_sums
 def test_shared_weights_keep_one_copy_where_their_scales_agree() -> None:
     text = """g (float[1,4,8,8] x, float[1,4,8,8] z, float[4,4,3,3] W, float[4] B)
         => (float[1,4,6,6] y, float[1,4,6,6] u) {
@@ -588,6 +594,7 @@ def residual() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("ranges", ["minmax", "percentile", "entropy", "mse"])
+@exact_sums
 def test_a_residual_network(ranges: Any) -> None:
     model, _ = apply(residual(), Quantize(ranges=ranges), IMAGE)
     assert inside(model) == [
@@ -597,6 +604,7 @@ def test_a_residual_network(ranges: Any) -> None:
     assert decibels(residual(), model, IMAGE) > (12 if ranges == "entropy" else BOUND - 5)
 
 
+@exact_sums
 def test_targets() -> None:
     zero_points: dict[str, set[int]] = {}
     for target in ("x86-vnni", "x86", "tensorrt"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from texts import bind, changed, context, normal, ops, outputs, positive, reasons
+from texts import bind, changed, context, exact_sums, normal, ops, outputs, positive, reasons
 
 from calib.data import InputSpec, open_data
 from onnxc.check import compare, coverage
@@ -40,6 +40,7 @@ def kernels(model: Model) -> Counter[str]:
     return Counter(kernel.op for kernel in coverage(model).kernels)
 
 
+@exact_sums
 def test_products_of_one_tensor_share_its_quantization() -> None:
     proto = bind(
         """g (float[N,64] x, float[64,48] Q, float[64,48] K, float[64,32] V)
@@ -54,6 +55,7 @@ def test_products_of_one_tensor_share_its_quantization() -> None:
     assert kernels(model) == {"MatMulIntegerToFloat": 3}
 
 
+@exact_sums
 def test_single_product_is_one_kernel() -> None:
     proto = bind(
         """g (float[N,64] x, float[64,48] W, float[48] B) => (float[N,48] y) {
@@ -68,6 +70,7 @@ def test_single_product_is_one_kernel() -> None:
 @pytest.mark.parametrize("beta", [1.0, 3.0])
 @pytest.mark.parametrize("turned", [(0, 0), (1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize("bias", ["none", "row", "scalar", "computed"])
+@exact_sums
 def test_gemm(alpha: float, beta: float, turned: tuple[int, int], bias: str) -> None:
     ports = {
         "none": "",
@@ -95,6 +98,7 @@ def test_gemm(alpha: float, beta: float, turned: tuple[int, int], bias: str) -> 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 @pytest.mark.parametrize("bias", [True, False])
+@exact_sums
 def test_lstm(direction: str, bias: bool) -> None:
     ways = 2 if direction == "bidirectional" else 1
     given, used = (f", float[{ways},128] B", ", B") if bias else ("", "")
@@ -123,6 +127,7 @@ def test_shared_weight_is_stored_once() -> None:
     assert sum(values(c).dtype == np.int8 for c in constants(model.graph)) == 1
 
 
+@exact_sums
 def test_table_behind_a_transpose_keeps_its_float_copy() -> None:
     proto = bind(
         """g (int64[N] t, float[40,64] E) => (float[N,40] y) {
@@ -140,6 +145,7 @@ def test_table_behind_a_transpose_keeps_its_float_copy() -> None:
     assert change.after == 40 * 64 + 4 * 40
 
 
+@exact_sums
 def test_nested_bodies_quantize_for_themselves() -> None:
     proto = bind(
         """g (float[N,64] x, bool c, float[64,64] W) => (float[N,64] y) {
@@ -255,6 +261,7 @@ def test_target_decides() -> None:
 
 
 @pytest.mark.parametrize(("name", "decibels"), [("sst2", 40), ("agnews", 40), ("stories260k", 25)])
+@exact_sums
 def test_real_models(shared: Path, name: str, decibels: float) -> None:
     source = shared / "models" / f"{name}.onnx"
     model = load(source)

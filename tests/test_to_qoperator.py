@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from texts import bind, context, normal, ops, reasons
+from texts import bind, context, exact_sums, normal, ops, reasons
 
 from calib.data import InputSpec, open_data
 from onnxc.check import coverage
@@ -154,6 +154,7 @@ def test_every_form_is_tried() -> None:
 
 @pytest.mark.parametrize("kind", ["uint8", "int8"])
 @pytest.mark.parametrize("case", INTEGER)
+@exact_sums
 def test_operators_of_integers(case: str, kind: str) -> None:
     body, shape, out, op = INTEGER[case]
     model, done = convert(between(body, shape, kind, out), sample(shape), float(out))
@@ -206,6 +207,7 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("case", ACTIVATIONS)
+@exact_sums
 def test_activations_are_absorbed_or_clip_integers(case: str) -> None:
     text, kind, zero, is_absorbed = ACTIVATIONS[case]
     text = text.replace("r = ", "c = ").replace(", )", ")")
@@ -299,6 +301,7 @@ def test_an_excluded_node_stays() -> None:
     assert "QLinearConv" not in ops(model)
 
 
+@exact_sums
 def test_sizes_are_read_of_integers() -> None:
     """A Shape behind a DQ would keep it alive, and the whole tensor with it."""
     proto = between(CONV + "c = Conv (d, w)", "2,4,6,6", "uint8", "0.1")

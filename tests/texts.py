@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Pass, Skip
@@ -13,7 +14,11 @@ from onnxc.graph import Model, load, opset, to_bytes
 from onnxc.pipeline import Step, apply_pass
 from onnxc.runtime import run, session
 from onnxc.selectors import Selector
-from onnxc.targets import Target
+from onnxc.targets import Target, detect
+
+exact_sums = pytest.mark.skipif(
+    detect() == "x86", reason="without VNNI this processor saturates sums of 8-bit products"
+)
 
 
 def bind(text: str, opset: int = 13, **weights: NDArray[Any]) -> onnx.ModelProto:
