@@ -224,8 +224,12 @@ class Plan:
     def faster(self) -> list[Alternative]:
         """The same, or nothing where all together are not faster."""
         chosen = self.settled()
+        if all(a.choice is None for a in chosen):
+            return chosen
         reached = self._latency(chosen)
-        if reached <= MARGIN or all(a.choice is None for a in chosen):
+        if reached > MARGIN:  # on a busy machine one of three is often wrong
+            reached = sorted((reached, self._latency(chosen), self._latency(chosen)))[1]
+        if reached <= MARGIN:
             return chosen
         self.trial.piece.calibration.notes.append(
             f"nothing is factorized: all together, the factors take {reached:.2f} of the time"
