@@ -56,9 +56,20 @@ class Pairing:
             for feeds in self._groups():
                 yield from self._in_turn(feeds)
             return
+        feeds = iter(self.dataset.batches(self.batch))
+        try:
+            found = self._both(next(feeds))
+        except ModelError:
+            if self.batch == 1:
+                raise
+            feeds = iter(self.dataset.batches(1))  # a state of one sample, or the like
+            found = self._both(next(feeds))
+        yield found
+        yield from map(self._both, feeds)
+
+    def _both(self, feed: Feed) -> tuple[Feed, Outputs, Outputs]:
         first, second = self.sessions
-        for feed in self.dataset.batches(self.batch):
-            yield feed, run(first, feed), run(second, feed)
+        return feed, run(first, feed), run(second, feed)
 
     def _staged(self, subject: Subject, runtime: Runtime) -> Staged:
         model = subject if isinstance(subject, Model) else load(subject)

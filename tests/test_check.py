@@ -134,6 +134,21 @@ def test_compare_gives_the_definitions() -> None:
     assert result.perplexity is None
 
 
+def test_a_model_of_one_sample_a_run_is_compared_sample_by_sample() -> None:
+    """The input leaves the batch free, but a state of one sample does not."""
+    proto = bind(
+        """g (float[N,3] x, float[1,3] s, float[3,6] W) => (float[N,6] y) {
+            shape = Shape (s)
+            r = Reshape (x, shape)
+            y = MatMul (r, W) }""",
+        s=normal(1, 3),
+        W=normal(3, 6),
+    )
+    data = open_data({"x": normal(6, 3)}, [InputSpec("x", np.dtype(np.float32), ("N", 3))])
+    found = compare(load(proto), load(proto), data, batch=4)
+    assert found.samples == 6 and found.sqnr == SQNR_CAP
+
+
 def test_equal_models_are_at_the_cap() -> None:
     data = layer().SerializeToString()
     result = compare(data, data, open_data({"x": normal(3, 4)}, SPEC))
