@@ -56,16 +56,16 @@ class Pairing:
             for feeds in self._groups():
                 yield from self._in_turn(feeds)
             return
-        feeds = iter(self.dataset.batches(self.batch))
+        batches = iter(self.dataset.batches(self.batch))
         try:
-            found = self._both(next(feeds))
+            found = self._both(next(batches))
         except ModelError:
             if self.batch == 1:
                 raise
-            feeds = iter(self.dataset.batches(1))  # a state of one sample, or the like
-            found = self._both(next(feeds))
+            batches = iter(self.dataset.batches(1))  # a state of one sample, or the like
+            found = self._both(next(batches))
         yield found
-        yield from map(self._both, feeds)
+        yield from map(self._both, batches)
 
     def _both(self, feed: Feed) -> tuple[Feed, Outputs, Outputs]:
         first, second = self.sessions
