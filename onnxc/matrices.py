@@ -21,8 +21,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.biases import has_place, shift_bias
-from onnxc.core import Change, Context, Key
-from onnxc.graph import captured, fresh, nbytes, store, values
+from onnxc.core import Change, Context, Key, Skip
+from onnxc.graph import captured, fresh, nbytes, store, values, walk
 from onnxc.moments import from_matrix, matrix, mean_output, moments_key, why_no_moments
 from onnxc.numerics import sparse
 from onnxc.numerics.patches import Window
@@ -216,3 +216,13 @@ def _unmeasured(layer: Layer) -> str:
     if row.weight != layer.position:
         return "its input is the state of the node"
     return next(filter(None, map(why_no_moments, layer.nodes)), "")
+
+
+def outside(graph: gs.Graph, done: str) -> Iterator[Skip]:
+    """Heavy nodes without a weight here, and those in nested bodies. done: what is not to them."""
+    for body in walk(graph):
+        for node in (n for n in body.nodes if knowledge(n).window is not None):
+            if body is not graph:
+                yield Skip(node.name, f"not {done}: it is inside a nested body")
+            elif weight_of(node) is None:
+                yield Skip(node.name, f"not {done}: {why_no_moments(node)}")

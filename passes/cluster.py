@@ -28,15 +28,13 @@ from threadpoolctl import threadpool_limits
 
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.errors import OptionError
-from onnxc.graph import values, walk
-from onnxc.matrices import Layer, error, layers, put
-from onnxc.moments import why_no_moments
+from onnxc.graph import values
+from onnxc.matrices import Layer, error, layers, outside, put
 from onnxc.numerics import codebook
 from onnxc.numerics.codebook import Codebook
 from onnxc.numerics.kmeans import Init, Points
 from onnxc.numerics.recluster import PINNED, snap
 from onnxc.numerics.sharing import METHODS, Method, Wish, bit_price, share
-from onnxc.ops import knowledge, weight_of
 
 Array = NDArray[Any]
 
@@ -81,7 +79,7 @@ class Cluster:
         return [key for layer in found if not self._obstacle(layer) for key in layer.keys]
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
-        results: list[Change | Skip] = list(_outside(graph))
+        results: list[Change | Skip] = list(outside(graph, "clustered"))
         with threadpool_limits(1, user_api="blas"):  # most matrices are too small to share
             for layer in layers(graph, context.only.names(graph), everything=True):
                 reason = self._obstacle(layer)
@@ -127,13 +125,3 @@ class Cluster:
             price = bit_price(Points.of(W, weights), levels, self.price)
         start = codebook.feed_forward(W, E, book)
         return codebook.fit(W, E, start, price, None if is_free else snap)
-
-
-def _outside(graph: gs.Graph) -> Iterator[Skip]:
-    """Heavy nodes without a weight here, and those in nested bodies."""
-    for body in walk(graph):
-        for node in (n for n in body.nodes if knowledge(n).window is not None):
-            if body is not graph:
-                yield Skip(node.name, "not clustered: it is inside a nested body")
-            elif weight_of(node) is None:
-                yield Skip(node.name, f"not clustered: {why_no_moments(node)}")

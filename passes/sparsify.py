@@ -32,12 +32,9 @@ from threadpoolctl import threadpool_limits
 
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.errors import OptionError
-from onnxc.graph import walk
-from onnxc.matrices import Layer, error, layers, put
-from onnxc.moments import why_no_moments
+from onnxc.matrices import Layer, error, layers, outside, put
 from onnxc.numerics import sparse
 from onnxc.numerics.sparse import Pattern, Quadratic
-from onnxc.ops import knowledge, weight_of
 
 Array = NDArray[Any]
 
@@ -93,7 +90,7 @@ class Sparsify:
 
     def _apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         found = layers(graph, context.only.names(graph))
-        results: list[Change | Skip] = list(_outside(graph))
+        results: list[Change | Skip] = list(outside(graph, "sparse"))
         obstacles = [(layer, self._obstacle(layer)) for layer in found]
         for layer, reason in obstacles:
             results += [Skip(n.name, f"not sparse: {reason}") for n in layer.nodes if reason]
@@ -153,13 +150,3 @@ class Sparsify:
         if not E.blocks:
             what += " if inputs are alike: nothing is known of them, so by magnitude"
         yield from put(graph, layer, found, context, "sparse", what)
-
-
-def _outside(graph: gs.Graph) -> Iterator[Skip]:
-    """Heavy nodes without a weight here, and those in nested bodies."""
-    for body in walk(graph):
-        for node in (n for n in body.nodes if knowledge(n).window is not None):
-            if body is not graph:
-                yield Skip(node.name, "not sparse: it is inside a nested body")
-            elif weight_of(node) is None:
-                yield Skip(node.name, f"not sparse: {why_no_moments(node)}")

@@ -11,7 +11,7 @@ from calls import call, report_of
 
 import onnxc
 from onnxc.errors import OptionError
-from onnxc.factorization import FactorizeSettings
+from onnxc.factorization import FactorizeSettings, Plan
 from onnxc.recipe import loads
 from passes.factorize import Factorize
 
@@ -99,3 +99,14 @@ def test_factors_are_layers_to_all_other_commands(capsys: Any) -> None:
     assert few["after"]["bytes"] < 0.3 * thin["after"]["bytes"]
     assert call("pack", "few.onnx", "-o", "few.onnxz") == 0
     assert Path("few.onnxz").stat().st_size < Path("few.onnx").stat().st_size
+
+
+def test_factors_that_are_not_faster_together_are_given_up(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Plan, "_latency", lambda plan, chosen: 1.02)
+    assert call(*ARGUMENTS, "-o", "o.onnx", "--macs", 0.8, "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["count"] == 0 and found["after"]["macs"] == found["before"]["macs"]
+    assert any("all together" in skip["reason"] for skip in found["skips"])
+    assert any("more than the 80% asked for" in sentence for sentence in found["missed"])
