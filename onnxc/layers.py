@@ -98,9 +98,9 @@ def _is_factor(node: gs.Node) -> str:
     """Why a node is one of several that make up one linear layer; empty if it is not."""
     maker, reader = factors.before(node), factors.behind(node)
     if maker is not None and _is_bare(maker):
-        return f"it is a factor already, behind {maker.name}"
+        return "it is a factor already, of one layer with the node before it"
     if reader is not None and _is_bare(node) and weight_of(reader) is not None:
-        return f"it is a factor already, in front of {reader.name}"
+        return "it is a factor already, of one layer with the node behind it"
     return ""
 
 

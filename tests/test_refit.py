@@ -52,6 +52,15 @@ def test_a_linear_goal_is_met() -> None:
     assert fit.after < 1e-6 * fit.before
 
 
+def test_an_input_that_hardly_ever_comes_in_keeps_modest_weights() -> None:
+    """Sums say nothing of what such an input does once it comes in."""
+    x = ROWS.copy()
+    x[..., 7] = 1e-5 * random(2, 400, seed=4)
+    fit = refit(sums(x, goals(W, B, x) + random(2, 400, 5, seed=5)), 0.9 * W, B)
+    assert fit.after < fit.before
+    assert np.abs(fit.W[..., 7]).max() < 3 * np.abs(W).max()
+
+
 def test_a_lost_column_that_others_tell_is_made_up_for() -> None:
     x = ROWS.copy()
     x[..., 7] = x[..., 0] - 2 * x[..., 3]

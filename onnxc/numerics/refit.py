@@ -5,7 +5,8 @@ With rows x̂ of the layer's input as it is now and t of what it ought to give f
     Ŵ, b̂ = argmin E‖t − Ŵ x̂ − b̂‖² + λ Σ_i D_i ‖Ŵ_i − W_i‖²,      D = diag(H),
 
 where entries of W that are zero stay zero. λ pulls towards the weights as they are, so that few
-rows do little. With moments about the means (about zero for a layer that takes no bias)
+rows do little. D is bounded below by a share of its mean: of an input that hardly ever comes in
+nothing is learnt that would be much when it does. With moments about the means (about zero for a layer that takes no bias)
 
     H = E[x̂ x̂ᵀ],   T = E[t x̂ᵀ],   R = T − W H,
     (H + λD)_SS Δ_S = R_S,   Ŵ = W + Δ,   b̂ = E[t] − Ŵ E[x̂]
@@ -32,10 +33,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)  # λ
+RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # λ
 STEPS = 100  # of conjugate gradients
 CLOSE = 1e-3  # ‖residual‖ / ‖R‖ at which they end
-TINY = 1e-12  # of the mean of D: the least that an input counts with
+FAINT = 1e-2  # of the mean of D: the least that an input counts with in the ridge
 
 
 @dataclass
@@ -147,8 +148,8 @@ def solve(
     """Ŵ and b̂ for one λ. m: about the means if is_biased. kept: where W may change, like W."""
     R = m.T - W @ m.H - (0 if is_biased else b[:, :, None] * m.x[:, None, :])
     D = np.diagonal(m.H, axis1=1, axis2=2)
-    scale = 1 / np.sqrt(np.maximum(D, TINY * max(float(D.mean()), np.finfo(float).tiny)))
-    H = m.H * scale[:, :, None] * scale[:, None, :]  # of unit diagonal, so that D is I
+    scale = 1 / np.sqrt(np.maximum(D, max(FAINT * float(D.mean()), np.finfo(float).tiny)))
+    H = m.H * scale[:, :, None] * scale[:, None, :]  # of diagonal 1 or less, so that the ridge is λI
     R = np.where(kept, R * scale[:, None, :], 0)
     step, odd = _direct(H, R, kept, ridge), _is_odd(kept)
     if odd.any():
