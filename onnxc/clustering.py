@@ -11,7 +11,6 @@ from onnxc.core import Pass
 from onnxc.workpiece import Workpiece
 from passes.cluster import Cluster
 from passes.quantize import Quantize
-from passes.reconstruct import Reconstruct
 from passes.store_codebooks import StoreCodebooks
 from passes.upgrade_opset import UpgradeOpset
 
@@ -20,13 +19,11 @@ from passes.upgrade_opset import UpgradeOpset
 class ClusterSettings:
     """How weights share values; the options of `onnxc cluster` besides data, target and nodes.
 
-    format: the model computes in float, or in integers with codebooks of int8 values. reconstruct:
-    whether layers are refit to the original's outputs, one after the other.
+    format: the model computes in float, or in integers with codebooks of int8 values.
     """
 
     cluster: Cluster = field(default_factory=Cluster)
     format: Literal["float", "int8-codebook"] = "float"
-    reconstruct: bool = True
 
     @property
     def suffix(self) -> str:
@@ -39,7 +36,6 @@ def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass
     bits, is_float = settings.cluster.bits, settings.format == "float"
     cluster = settings.cluster if is_float else replace(settings.cluster, grid="int8")
     opset = NIBBLE_OPSET if bits == NIBBLE else max(map(least_opset, range(1, WIDEST + 1)))
-    refit: tuple[Pass, ...] = (Reconstruct(),) if settings.reconstruct else ()
     integers: tuple[Pass, ...] = () if is_float else (Quantize(per_tensor=True),)
     first: tuple[Pass, ...] = (UpgradeOpset(opset), cluster)
-    return {cluster.summary: (*first, *refit, *integers, StoreCodebooks())}
+    return {cluster.summary: (*first, *integers, StoreCodebooks())}

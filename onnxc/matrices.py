@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from onnxc.biases import has_place, shift_bias
 from onnxc.core import Change, Context, Key, Skip
-from onnxc.graph import captured, fresh, nbytes, store, values, walk
+from onnxc.graph import captured, constant, fresh, insert, nbytes, store, values, walk
 from onnxc.moments import from_matrix, matrix, mean_output, moments_key, why_no_moments
 from onnxc.numerics import sparse
 from onnxc.numerics.patches import Window
@@ -72,6 +72,19 @@ class Layer:
         shape = tuple(self.weight.shape)
         array = from_matrix(self.nodes[0], found, shape) if self.is_linear else found.reshape(shape)
         return array.astype(self.weight.dtype)
+
+    def gain(self, found: Array) -> Array | None:
+        """Gains of outputs, (groups, outputs, 1), as what the weight is multiplied by.
+
+        None where they differ along all axes, as in a grouped ConvTranspose.
+        """
+        shape = tuple(self.weight.shape)
+        whole = np.broadcast_to(found, self.matrix.shape)
+        full = from_matrix(self.nodes[0], whole, shape) if self.is_linear else whole.reshape(shape)
+        for axis in range(full.ndim):
+            head = full.take([0], axis)
+            full = head if (full == head).all() else full
+        return full if full.size < self.size else None
 
     @property
     def window(self) -> Window:
@@ -156,16 +169,39 @@ def put(
     graph: gs.Graph, layer: Layer, found: Array, context: Context, suffix: str, what: str
 ) -> Iterator[Change]:
     """Put a new weight in place, and let biases take in what the mean outputs moved by."""
-    old, array = layer.weight, layer.shaped(found)
-    made = store(graph, fresh(graph, f"{old.name}_{suffix}"), array)
-    moved = values(old).astype(np.float64) - array.astype(np.float64)
-    known = moments(layer, context) if layer.keys and layer.has_biases else []
-    for node in layer.nodes:
-        node.inputs[layer.position] = made
-    for node, stats in zip(layer.nodes, known, strict=False):
+    lost = layer.matrix - found
+    yield from place(graph, layer, found, suffix, what)
+    shift_biases(graph, layer, lost, context, suffix)
+
+
+def shift_biases(graph: gs.Graph, layer: Layer, lost: Array, context: Context, suffix: str) -> None:
+    """Let the biases of a layer take in what its mean outputs lost. lost: W − Ŵ, as a matrix."""
+    if not (layer.keys and layer.has_biases):
+        return
+    moved = from_matrix(layer.nodes[0], lost, tuple(layer.weight.shape))
+    for node, stats in zip(layer.nodes, moments(layer, context), strict=False):
         shift_bias(graph, node, mean_output(node, moved, stats.mean), suffix)
+
+
+def place(
+    graph: gs.Graph, layer: Layer, found: Array, suffix: str, what: str, gain: Array | None = None
+) -> Iterator[Change]:
+    """Let the nodes of a layer read a new weight; one times a gain, if there is one.
+
+    gain: of the shape of the weight, or 1 along axes.
+    """
+    old = layer.weight
+    made = store(graph, fresh(graph, f"{old.name}_{suffix}"), layer.shaped(found))
+    sizes, read = (nbytes(old), nbytes(made)), made
     first, *others = layer.nodes
-    yield Change(first.name, what, nbytes(old), nbytes(made))
+    if gain is not None:
+        factor = constant(fresh(graph, f"{old.name}_gain"), gain.astype(old.dtype))
+        read = gs.Variable(fresh(graph, f"{old.name}_scaled"), old.dtype, old.shape)
+        mul = gs.Node("Mul", read.name, {}, [made, factor], [read])
+        insert(graph, before={first.name: [mul]})
+    for node in layer.nodes:
+        node.inputs[layer.position] = read
+    yield Change(first.name, what, *sizes)
     yield from (Change(node.name, f"shares its weight with {first.name}") for node in others)
 
 

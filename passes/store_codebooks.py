@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from onnxc.codebooks import WIDEST, Books, least_opset, stored_bytes
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.graph import captured, nbytes, values
 from onnxc.numerics.packing import bits_for
-from onnxc.ops import QUANTIZERS, knowledge
+from onnxc.ops import QUANTIZERS, is_constant, knowledge
 
 Array = NDArray[Any]
 
@@ -57,7 +58,7 @@ class StoreCodebooks:
         return results
 
     def _store(self, books: Books, weight: gs.Constant) -> Iterator[Change | Skip]:
-        node = weight.outputs[0].name
+        node = _reader(weight).name
         levels, codes = few_levels(values(weight))
         if not len(levels):
             yield Skip(node, "not stored in fewer bits: it has too many distinct values")
@@ -99,9 +100,29 @@ def _weights(graph: gs.Graph, allowed: frozenset[str], read: set[str]) -> Iterat
             yield weight
 
 
-def _is_weight(node: gs.Node, tensor: gs.Constant) -> bool:
-    """Whether a node multiplies by a constant, looks it up, or makes a weight of it."""
+def _is_weight(node: gs.Node, tensor: gs.Tensor) -> bool:
+    """Whether a node multiplies by a tensor, looks it up, or makes a weight of it."""
     row, position = knowledge(node), next(i for i, t in enumerate(node.inputs) if t is tensor)
     if node.op in QUANTIZERS or row.role == "same":
         return position == 0
+    if node.op == "Mul":
+        return _is_scaled(node, tensor, node.inputs[1 - position])
     return row.window is not None or (row.weight == position and row.role == "lookup")
+
+
+def _is_scaled(mul: gs.Node, tensor: gs.Tensor, gain: gs.Tensor) -> bool:
+    """Whether a product of constants is made to be read as a weight, and of them the tensor is it.
+
+    gain: the other one, of fewer values.
+    """
+    product = mul.outputs[0]
+    is_pair = is_constant(tensor) and is_constant(gain) and prod(gain.shape) < prod(tensor.shape)
+    return (
+        is_pair and bool(product.outputs) and all(_is_weight(n, product) for n in product.outputs)
+    )
+
+
+def _reader(tensor: gs.Tensor) -> gs.Node:
+    """The layer that reads a weight, behind a gain too."""
+    first = tensor.outputs[0]
+    return _reader(first.outputs[0]) if first.op == "Mul" else first

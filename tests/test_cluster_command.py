@@ -33,7 +33,7 @@ def test_a_clustered_file_is_small_and_proven(capsys: Any) -> None:
     assert found["count"] and found["aim"]["seeks"] == "size"
     assert found["after"]["bytes"] == Path("o.onnx").stat().st_size
     names = [p.name for p in loads(found["recipe"]).passes]
-    assert names == ["upgrade-opset", "cluster", "reconstruct", "store-codebooks"]
+    assert names == ["upgrade-opset", "cluster", "store-codebooks"]
 
 
 def test_the_recipe_replays_it_byte_for_byte(capsys: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from quantizing import Feed, apply, decibels, kernels
+from quantizing import Feed, apply, dataset, decibels, kernels
 from texts import bind, changed, context, normal, ops, outputs, reasons
 
 from onnxc.core import Change
@@ -16,7 +16,6 @@ from onnxc.errors import OptionError
 from onnxc.graph import Model, load, to_bytes, values
 from onnxc.pipeline import apply_pass
 from passes.cluster import Cluster
-from passes.reconstruct import Reconstruct
 from passes.store_codebooks import StoreCodebooks
 
 IMAGES: Feed = {"x": np.abs(normal(48, 1, 8, 9, 9)) + normal(48, 1, 8, 1, 1)}
@@ -78,7 +77,8 @@ for proto, _ in LAYERS.values():
 def weight(model: Model, position: int | None = None) -> NDArray[Any]:
     node = next(n for n in model.graph.nodes if n.name == "layer")
     index = position if position is not None else 0 if node.op == "Gather" else 1
-    return values(node.inputs[index])
+    tensor = node.inputs[index]
+    return values(tensor.inputs[0].inputs[0] if tensor.inputs else tensor)  # ahead of a gain
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -180,13 +180,29 @@ def test_a_grid_of_int8_is_kept() -> None:
     np.testing.assert_allclose(steps, np.rint(steps), rtol=0, atol=1e-3)
 
 
-def test_refitting_keeps_codebooks() -> None:
-    proto, feed = LAYERS["Conv"]
-    model, _ = apply(proto, Cluster(2, smallest=0), feed)
-    original = load(proto)
-    ready = context(model)
-    assert Reconstruct().apply(original.graph, ready)  # without data it says why not
-    assert len(np.unique(weight(model))) <= 4
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gains_are_stored_in_front_of_a_codebook_and_folded(kind: str) -> None:
+    proto, feed = LAYERS[kind]
+    model, step = apply(proto, Cluster(4, smallest=0, gains="always"), feed)
+    is_alike = kind == "ConvTranspose"  # of groups: its gains would be as many as its weights
+    assert ("with gains" in " ".join(c.what for c in step.changes)) is not is_alike
+    data = dataset(model, feed)
+    first = next(iter(data.batches(1)))
+    whole = outputs(model, first)["y"]
+    done = apply_pass(model, StoreCodebooks(least=-10_000), context(model), first)
+    assert done.changes and not done.problems
+    assert ("Mul" in ops(model)) is not is_alike
+    np.testing.assert_array_equal(outputs(model, first)["y"], whole)
+    assert "Mul" not in kernels(model) and kernels(model).count("Gather") == (kind == "Gather")
+
+
+def test_gains_are_given_where_outputs_differ_in_strength() -> None:
+    strength = np.exp(np.random.default_rng(0).uniform(-1, 1, (1, 64))).astype(np.float32)
+    text = "g (float[1,256] x, float[256,64] W) => (float[1,64] y) { y = MatMul (x, W) }"
+    feed = {"x": normal(1000, 1, 256)}
+    for factor, expected in ((strength, True), (np.ones_like(strength), False)):
+        _, step = apply(bind(text, W=normal(256, 64) * factor), Cluster(4, smallest=0), feed)
+        assert ("with gains" in step.changes[0].what) is expected
 
 
 def test_without_moments_it_says_what_that_costs() -> None:

@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxc.numerics import codebook
-from onnxc.numerics.codebook import Codebook, feed_forward, fit, plain, solve_levels
-from onnxc.numerics.recluster import codebook_of, refit_shared, snap, snapper
+from onnxc.numerics.aim import Aim
+from onnxc.numerics.codebook import Codebook, feed_forward, fit, plain, snap, solve_levels
 from onnxc.numerics.refit import Sums
 from onnxc.numerics.sparse import Quadratic, quadratic
 
@@ -113,30 +113,28 @@ def test_levels_snap_to_a_grid_of_integers() -> None:
     np.testing.assert_allclose(
         found.levels / scale, np.rint(found.levels / scale), rtol=0, atol=1e-4
     )
-    assert snapper(found.levels) is snap and snapper(LEVELS) is None
 
 
-def test_only_weights_of_few_values_have_a_codebook() -> None:
-    W = np.random.default_rng(0).standard_normal((1, 20, 30))
-    assert codebook_of(W) is None
-    book = codebook_of(np.round(W))
-    assert book is not None and book.pinned is not None
-    np.testing.assert_array_equal(book.weight, np.round(W))
-
-
-def test_a_refit_keeps_few_levels_and_lowers_the_error() -> None:
-    rng = np.random.default_rng(7)
+@pytest.mark.parametrize("seed", range(4))
+def test_fitting_to_an_aim_is_fitting_to_the_goals_of_rows(seed: int) -> None:
+    """Of two weights the one that is nearer to the aim is nearer to the goals, by as much."""
+    rng = np.random.default_rng(seed)
     W, b = rng.standard_normal((1, 5, 12)), rng.standard_normal((1, 5))
-    x = rng.standard_normal((1, 600, 12)) @ rng.standard_normal((12, 12)) + 1
+    x = rng.standard_normal((1, 6000, 12)) @ rng.standard_normal((12, 12)) + 1
     noisy = x + 0.3 * rng.standard_normal(x.shape)  # what the layers before now give
     t = x @ W.swapaxes(1, 2) + b[:, None]
-    folds = [Sums.of(noisy[:, f::2], t[:, f::2]) for f in range(2)]
-    book = plain(W, np.linspace(-2, 2, 6))
-    found = refit_shared(folds, W, b, book, b, is_biased=True)
-    assert found.after < found.before
-    assert len(np.unique(found.W)) <= 6
-    mean = t.mean(axis=1) - np.einsum("god,gd->go", found.W, noisy.mean(axis=1))
-    np.testing.assert_allclose(found.b, mean, rtol=0, atol=1e-9)
+    aim = Aim.of([Sums.of(noisy[:, f::2], t[:, f::2]) for f in range(2)], W, b, is_biased=True)
+
+    def error(weight: Array) -> float:
+        made = noisy @ weight.swapaxes(1, 2) + aim.bias(weight)[:, None]
+        return float(np.mean((t - made) ** 2) * 5)
+
+    assert error(aim.W) < error(W)
+    coarse, fine = (fit(aim.W, aim.E, plain(aim.W, np.linspace(-2, 2, k))).weight for k in (4, 32))
+    lost = aim.E.error(aim.W - coarse) - aim.E.error(aim.W - fine)
+    assert error(coarse) - error(fine) == pytest.approx(lost, rel=0.02)
+    mean = t.mean(axis=1) - np.einsum("god,gd->go", fine, noisy.mean(axis=1))
+    np.testing.assert_allclose(aim.bias(fine), mean, rtol=0, atol=1e-9)
 
 
 def test_the_codebook_knows_its_shares() -> None:

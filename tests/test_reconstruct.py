@@ -176,7 +176,7 @@ def test_excluded_nodes_are_untouched_and_said() -> None:
     before = to_bytes(model)
     step = reconstruct(model, original, exclude=("*",))
     assert not step.changes and to_bytes(model) == before
-    assert {skip.reason for skip in step.skips} == {"excluded"}
+    assert {skip.reason for skip in step.skips} == {"not refit: excluded"}
 
 
 GROUPED = """g (float[N,4,8,8] x, float[8,2,3,3] A, float[8,1,3,3] D, float[8] bd)
@@ -234,6 +234,15 @@ def test_a_bias_is_added_where_it_helps_and_not_where_it_does_not() -> None:
         reconstruct(model, named(original), data=data)
         is_biased = len(original.graph.initializer) == 2
         assert (len(model.graph.nodes[0].inputs) == 3) == is_biased
+
+
+def test_weights_of_few_values_keep_them() -> None:
+    original, model = named(network()), named(network())
+    array = np.round(values(original.graph.nodes[4].inputs[1]))
+    replace(model, "b", 1, array)
+    step = reconstruct(model, original)
+    assert "b" not in changed(results(step))
+    assert "its weight has few values" in reasons(results(step))
 
 
 def test_shared_weights_and_overlapping_outputs_are_skipped_with_reasons() -> None:

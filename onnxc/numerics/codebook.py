@@ -34,6 +34,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxc.numerics.covariance import root
 from onnxc.numerics.kmeans import nearest
 from onnxc.numerics.sparse import Quadratic
 
@@ -46,6 +47,7 @@ SWEEPS = 2  # of the codes in a round
 WIDTH = 64  # columns whose changes are multiplied out together
 SOLVED = 1e-3  # ‖residual‖ of the levels, of the first one
 CHUNK = 1 << 22  # costs that are compared at once
+STEPS = 127  # of a grid of integers on either side of 0
 
 Choose = Callable[[Floats, Floats], Codes]  # of w*_j and C_jj, the codes
 
@@ -87,6 +89,13 @@ def plain(W: Floats, levels: Floats, pinned: int | None = None) -> Codebook:
     return Codebook(levels, nearest(W, levels), pinned)
 
 
+def snap(levels: Floats) -> Floats:
+    """Levels on the nearest multiples of max |c| / 127."""
+    peak = float(np.abs(levels).max(initial=0))
+    scale = float(np.float32(peak / STEPS))
+    return np.asarray(np.rint(levels / scale) * scale) if scale else levels
+
+
 def fit(
     W: Floats,
     E: Quadratic,
@@ -100,13 +109,13 @@ def fit(
     allowed, each time that they are solved for.
     """
     kept = (W == 0) if start.pinned is not None else np.zeros(W.shape, bool)
-    best, value = start, _cost(W, E, start, price)
+    best, value = start, cost(W, E, start, price)
     now = start
     for _ in range(ROUNDS):
         now = solve_levels(W, E, now, snap)
         for _ in range(SWEEPS):
             now = replace(now, codes=descend(W, E, now, kept, price))
-        found = _cost(W, E, now, price)
+        found = cost(W, E, now, price)
         if not found < value:
             break
         is_settled = found > (1 - SETTLED) * value
@@ -116,7 +125,8 @@ def fit(
     return best
 
 
-def _cost(W: Floats, E: Quadratic, book: Codebook, price: float) -> float:
+def cost(W: Floats, E: Quadratic, book: Codebook, price: float) -> float:
+    """E and what codes cost at a price for each bit of their entropy."""
     return E.error(W - book.weight) + price * book.codes.size * book.entropy
 
 
@@ -150,8 +160,7 @@ def _forward(W: Floats, C: Floats, book: Codebook, kept: Mask) -> Codes:
 
 def _unit_upper(C: Floats) -> Floats:
     """U of C = U D Uᵀ."""
-    L = np.linalg.cholesky(C[:, ::-1, ::-1])
-    U = L[:, ::-1, ::-1]
+    U = root(C[:, ::-1, ::-1])[:, ::-1, ::-1]
     return np.asarray(U / np.diagonal(U, axis1=1, axis2=2)[:, None])
 
 

@@ -8,6 +8,9 @@ inputs follow from others exactly. With
 
 the squared error is the least that is known for Gaussian rows (OAS, Chen 2010). λ is about 0.01
 where rows are many, and near 1 where they are fewer than what C has of dimensions.
+
+What varies little about a large mean leaves C = H − mu muᵀ with little but rounding, and its least
+eigenvalues may come out negative: `root` takes those for 0.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 LEAST_SHRINKAGE = 0.002  # λ
+TINY = 1e-9  # of the mean eigenvalue, added to each
 
 
 def shrunk(C: Floats, count: float, least: float = LEAST_SHRINKAGE) -> Floats:
@@ -35,3 +39,16 @@ def shrunk(C: Floats, count: float, least: float = LEAST_SHRINKAGE) -> Floats:
 def centred(H: Floats, mu: Floats | None) -> Floats:
     """H − mu muᵀ, (groups, d, d); H where there is no bias to take mu up."""
     return H if mu is None else np.asarray(H - mu[:, :, None] * mu[:, None, :])
+
+
+def root(C: Floats) -> Floats:
+    """Lower triangular L (..., d, d) with L Lᵀ = C and a little on the diagonal."""
+    size = np.trace(C, axis1=-2, axis2=-1) / C.shape[-1]
+    added = np.where(size > 0, TINY * size, 1.0)[..., None, None] * np.eye(C.shape[-1])
+    try:
+        return np.asarray(np.linalg.cholesky(C + added))
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(C)
+        positive = (vectors * np.maximum(values, 0)[..., None, :]) @ np.swapaxes(vectors, -1, -2)
+        most = np.maximum(values[..., -1:], 1.0)[..., None] * TINY * np.eye(C.shape[-1])
+        return np.asarray(np.linalg.cholesky(positive + np.maximum(added, most)))

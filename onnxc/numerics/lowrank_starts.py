@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from onnxc.numerics import covariance
 from onnxc.numerics.multilinear import Floats
 
 Ints = tuple[int, ...]
@@ -29,13 +30,6 @@ def _principal(W: Floats, H: Floats, r: int) -> tuple[Floats, Floats]:
     sigma = np.sqrt(np.maximum(values[::-1][:r], 0))
     root = np.sqrt(np.maximum(sigma, 1e-6 * max(float(sigma[0]), 1e-30)))
     return np.asarray(U * root), np.asarray((U / root).T @ W)
-
-
-def _root(H: Floats) -> Floats:
-    """L, L Lᵀ = H with a little on the diagonal."""
-    d = len(H)
-    size = float(np.trace(H)) / d
-    return np.asarray(np.linalg.cholesky(H + np.eye(d) * (1e-9 * size or 1.0)))
 
 
 def _share(H: Floats, sizes: Ints, kept: Sequence[int]) -> Floats:
@@ -75,7 +69,7 @@ def _parted(W: Floats, S: Floats, T: Floats, r: int) -> list[Floats]:
     H is taken for the product of its shares S in s and T in t.
     """
     p, q, s, t = W.shape
-    left, right = _root(S), _root(T)
+    left, right = covariance.root(S), covariance.root(T)
     white = np.einsum("pqst,sk,ta->pkqa", W, left, right, optimize=True)
     U, sigma, Vt = np.linalg.svd(white.reshape(p * s, q * t), full_matrices=False)
     root = np.sqrt(sigma[:r])
@@ -89,7 +83,7 @@ def tucker(W: Floats, H: Floats, ranks: Ints) -> list[Floats]:
     o, c, k = W.shape
     U, core = _principal(W.reshape(o, -1), H, ranks[1])
     core = core.reshape(-1, c, k)
-    root = _root(_share(H, (c, k), (0,)))
+    root = covariance.root(_share(H, (c, k), (0,)))
     white = np.einsum("ca,sck->ask", root, core).reshape(c, -1)
     V = np.linalg.svd(white, full_matrices=False)[0][:, : ranks[0]]
     V = np.pad(V, ((0, 0), (0, ranks[0] - V.shape[1])))

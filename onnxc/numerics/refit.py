@@ -6,7 +6,8 @@ With rows x̂ of the layer's input as it is now and t of what it ought to give f
 
 where entries of W that are zero stay zero. λ pulls towards the weights as they are, so that few
 rows do little. D is bounded below by a share of its mean: of an input that hardly ever comes in
-nothing is learnt that would be much when it does. With moments about the means (about zero for a layer that takes no bias)
+nothing is learnt that would be much when it does. With moments about the means (about zero for a
+layer that takes no bias)
 
     H = E[x̂ x̂ᵀ],   T = E[t x̂ᵀ],   R = T − W H,
     (H + λD)_SS Δ_S = R_S,   Ŵ = W + Δ,   b̂ = E[t] − Ŵ E[x̂]
@@ -149,7 +150,9 @@ def solve(
     R = m.T - W @ m.H - (0 if is_biased else b[:, :, None] * m.x[:, None, :])
     D = np.diagonal(m.H, axis1=1, axis2=2)
     scale = 1 / np.sqrt(np.maximum(D, max(FAINT * float(D.mean()), np.finfo(float).tiny)))
-    H = m.H * scale[:, :, None] * scale[:, None, :]  # of diagonal 1 or less, so that the ridge is λI
+    H = (
+        m.H * scale[:, :, None] * scale[:, None, :]
+    )  # of diagonal 1 or less, so that the ridge is λI
     R = np.where(kept, R * scale[:, None, :], 0)
     step, odd = _direct(H, R, kept, ridge), _is_odd(kept)
     if odd.any():
