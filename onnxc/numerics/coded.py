@@ -24,7 +24,6 @@ from onnxc.numerics.columns import (
     Codes,
     Floats,
     forward,
-    nearest,
     sweep,
     triangles,
     upright,
@@ -41,6 +40,10 @@ class Family(Protocol):
 
     @property
     def is_free(self) -> bool: ...
+
+    def nearest(self, X: Floats, t: Floats) -> tuple[Codes, Floats]:
+        """Codes of all columns, each by itself, and their values."""
+        ...
 
     def choose(self, t: Floats) -> Choose:
         """What tells the codes of a column."""
@@ -76,8 +79,8 @@ def starts(W: Floats, E: Quadratic, family: Family, numbers: Sequence[Floats]) -
     """Weights of given numbers: columns on the nearest values, with the first, and fed forward."""
     parts = triangles(E)
     chosen = [(t, family.choose(t)) for t in map(family.snap, numbers)]
-    for t, choose in chosen[:1]:
-        yield Coded(t, *nearest(W, choose))
+    for t, _ in chosen[:1]:
+        yield Coded(t, *family.nearest(W, t))
     for t, choose in chosen if parts else ():
         yield Coded(t, *forward(W, parts, choose))
 

@@ -83,17 +83,8 @@ def _unit_upper(C: Floats) -> Floats:
     return np.asarray(U / np.diagonal(U, axis1=1, axis2=2)[:, None])
 
 
-def nearest(W: Floats, choose: Choose) -> tuple[Codes, Floats]:
-    """Codes of W (groups, outputs, d), and their values Ŵ, each column by itself."""
-    W = upright(W)
-    codes, values = np.zeros_like(W, np.intp), np.zeros_like(W)
-    for j in range(W.shape[2]):
-        codes[..., j], values[..., j] = choose(j, W[..., j], np.ones((1, 1)))
-    return codes, values
-
-
 def forward(W: Floats, parts: Sequence[Triangle], choose: Choose) -> tuple[Codes, Floats]:
-    """The same, each column making up for those before it."""
+    """Codes of W (groups, outputs, d), and their values Ŵ, columns making up for those before."""
     W = upright(W)
     codes, values = np.zeros_like(W, np.intp), np.zeros_like(W)
     for part in parts:

@@ -8,6 +8,7 @@ with one scale s for each output, or one for each block of columns of an output.
     gptq        columns feed forward what they miss        Frantar 2022; Chee 2023
     descent     from the better of both, codes by coordinate descent on the error of the outputs
                 and scales for these codes, in turn        the objective of Nagel 2020, AdaRound
+    admm        the same from the best of these and ADMM   Leng 2018; slow, for 3 bits and fewer
 
 **Scales** start where the range r max |w|, of several ratios r, leaves the least of
 
@@ -23,7 +24,7 @@ are integers of the grid, and stay where the first range puts them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxc.numerics import coded
+from onnxc.numerics.admm import joined
 from onnxc.numerics.affine import TINY, Grid
 from onnxc.numerics.coded import Coded
 from onnxc.numerics.columns import Choose, Codes, Floats
@@ -38,7 +40,7 @@ from onnxc.numerics.sparse import Quadratic
 
 Array = NDArray[Any]
 Snap = Callable[[Floats], Floats]  # positive scales to those that are allowed
-Method = Literal["nearest", "gptq", "descent"]
+Method = Literal["nearest", "gptq", "descent", "admm"]
 
 FACTORS = (1.0, 0.9, 1.1)  # of scales, from which each output takes its best start
 RATIOS = (1.0, 0.97, 0.94, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.3)
@@ -91,6 +93,12 @@ class Integers:
     block: int
     kept: Array | None = None
     is_free: bool = True
+
+    def nearest(self, X: Floats, t: Floats) -> tuple[Codes, Floats]:
+        s, z = (_over(part, self.block, X.shape[2]) for part in (t, self.zeros))
+        q = np.clip(np.rint(X / s) + z, self.wish.grid.low, self.wish.grid.high)
+        q = q if self.kept is None else np.where(self.kept, z, q)
+        return q.astype(np.intp), s * (q - z)
 
     def choose(self, t: Floats) -> Choose:
         low, high = self.wish.grid.low, self.wish.grid.high
@@ -164,12 +172,9 @@ def ranges(W: Floats, E: Quadratic, wish: Wish, block: int) -> tuple[Floats, Flo
 
 def _range(low: Floats, high: Floats, grid: Grid) -> tuple[Floats, Floats]:
     """Scale and zero point of ranges; 1 where there is nothing but zero."""
-    if grid.signed:
-        span, steps = np.where(high > -low, high, -low), grid.high
-    else:
-        span, steps = high - low, grid.high
-    sizes = np.maximum(np.abs(span) / steps, TINY)
-    scale = np.where(span == 0, 1.0, np.where(span < 0, -sizes, sizes))
+    span = np.where(high > -low, high, -low) if grid.signed else high - low
+    size = np.maximum(np.abs(span) / grid.high, TINY)
+    scale = np.where(span == 0, 1.0, np.where(span < 0, -size, size))
     if grid.signed:
         return scale, np.zeros_like(scale)
     return scale, np.clip(np.rint(-low / scale), grid.low, grid.high)
@@ -184,13 +189,21 @@ def _gptq(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Coded:
     return last
 
 
+def _starts(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Iterator[Coded]:
+    return coded.starts(W, E, family, [factor * scales for factor in FACTORS])
+
+
 def _descent(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Coded:
-    tried = coded.starts(W, E, family, [factor * scales for factor in FACTORS])
-    return coded.fit(W, E, family, tried)
+    return coded.fit(W, E, family, _starts(W, E, family, scales))
+
+
+def _admm(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Coded:
+    return coded.fit(W, E, family, joined(W, E, family, _starts(W, E, family, scales)))
 
 
 METHODS: dict[str, Callable[[Floats, Quadratic, Integers, Floats], Coded]] = {
     "nearest": _nearest,
     "gptq": _gptq,
     "descent": _descent,
+    "admm": _admm,
 }

@@ -149,14 +149,14 @@ def sparse(W: Floats, E: Quadratic, criterion: Criterion, pattern: Pattern) -> F
 
 def solve(W: Floats, E: Quadratic, pattern: Pattern, steps: int = FINE) -> Floats:
     """D of the module's docstring after so many steps, or when its support has settled."""
-    spectra = [_spectrum(block) for block in E.blocks]
+    spectra = [spectrum(block) for block in E.blocks]
     level = float(np.mean(np.concatenate([e.reshape(-1) for e, _ in spectra])))
     goal, rho = E.times(W).astype(np.float32), np.float32(FIRST * level)
     D = W.astype(np.float32)
     V, support = np.zeros_like(D), np.ones(D.shape, bool)
     changed = 0
     for step in range(1, steps + 1):
-        X = _solved(goal + rho * D - V, spectra, rho)
+        X = damped(goal + rho * D - V, spectra, rho)
         Z = X + V / rho
         mask = pattern(Z * Z)
         D = np.where(mask, Z, np.float32(0))
@@ -255,13 +255,13 @@ def _top(rows: Array, keep: int) -> Mask:
     return np.asarray(mask | (ties & (np.cumsum(ties, axis=1) <= missing[:, None])))
 
 
-def _spectrum(block: Floats) -> tuple[Array, Array]:
+def spectrum(block: Floats) -> tuple[Array, Array]:
     """Eigenvalues (groups, width) and eigenvectors of C."""
     e, Q = np.linalg.eigh(block)
     return np.maximum(e, 0).astype(np.float32), Q.astype(np.float32)
 
 
-def _solved(Y: Array, spectra: Sequence[tuple[Array, Array]], rho: Any) -> Array:
+def damped(Y: Array, spectra: Sequence[tuple[Array, Array]], rho: Any) -> Array:
     """Y (C + ρ I)⁻¹."""
     parts, start = [], 0
     for e, Q in spectra:
