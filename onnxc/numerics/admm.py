@@ -26,6 +26,7 @@ from onnxc.numerics.sparse import Quadratic, damped, spectrum
 STEPS = 60
 FIRST, GROWTH = 0.03, 1.1  # ρ at first, of the mean eigenvalue, and its growth from step to step
 RESTING = 1e-4  # share of codes that still change at the end
+LEAST = 1e-6  # of the mean eigenvalue
 
 
 def joined(W: Floats, E: Quadratic, family: Family, starts: Iterable[Coded]) -> Iterator[Coded]:
@@ -37,11 +38,12 @@ def joined(W: Floats, E: Quadratic, family: Family, starts: Iterable[Coded]) -> 
 
 
 def admm(W: Floats, E: Quadratic, family: Family, t: Floats) -> Coded:
-    """Numbers and codes after the steps above, from numbers t. E has blocks."""
-    spectra = [spectrum(block) for block in E.blocks]
-    rho = FIRST * float(np.mean(np.concatenate([e.reshape(-1) for e, _ in spectra])))
-    goal, V = E.times(W).astype(np.float32), np.zeros(W.shape, np.float32)
-    now = Coded(t, *family.nearest(W, t))
+    """A weight after the steps above, from numbers t. E has blocks."""
+    unit, level = _unit(np.abs(W).max(initial=0)), _unit(E.diagonal.max(initial=0))
+    spectra = [spectrum(block / level) for block in E.blocks]
+    rho = FIRST * max(float(np.mean(np.concatenate([e.reshape(-1) for e, _ in spectra]))), LEAST)
+    goal = (E.times(W) / (unit * level)).astype(np.float32)
+    now, V = Coded(t / unit, *family.nearest(W / unit, t / unit)), np.zeros(W.shape, np.float32)
     for _ in range(STEPS):
         D = now.weight.astype(np.float32)
         X = damped(goal + np.float32(rho) * D - V, spectra, np.float32(rho))
@@ -50,7 +52,13 @@ def admm(W: Floats, E: Quadratic, family: Family, t: Floats) -> Coded:
         rho *= GROWTH
         if np.count_nonzero(now.codes != last.codes) <= RESTING * now.codes.size:
             break
-    return now
+    t = family.snap(unit * now.t)
+    return Coded(t, now.codes, family.spread(t, now.codes))
+
+
+def _unit(peak: float) -> float:
+    """A power of two near a size, so that float32 holds what is divided by it; 1 for 0."""
+    return float(2.0 ** np.frexp(peak)[1]) if peak > 0 else 1.0
 
 
 def projected(Z: Floats, family: Family, now: Coded) -> Coded:

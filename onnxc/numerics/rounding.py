@@ -151,23 +151,31 @@ def rounded(W: Floats, E: Quadratic, wish: Wish, method: Method = "descent") -> 
 
 def ranges(W: Floats, E: Quadratic, wish: Wish, block: int) -> tuple[Floats, Floats]:
     """Scales and zero points, (groups, outputs, blocks), of the best clipped ranges."""
-    c = (E.diagonal[:, None] if E.blocks else np.ones((1, 1, 1))).astype(np.float32)
-    w, grid = W.astype(np.float32), wish.grid
-    starts = np.arange(0, W.shape[2], block)
+    grid, starts = wish.grid, np.arange(0, W.shape[2], block)
     low = np.minimum(np.minimum.reduceat(W, starts, axis=2), 0)
     high = np.maximum(np.maximum.reduceat(W, starts, axis=2), 0)
-    best = _range(low, high, grid)
-    least = np.full(low.shape, np.inf)
+    best, least = _range(low, high, grid), np.full(low.shape, np.inf)
+    unit = np.where(high > low, high - low, 1)  # in which float32 cannot overflow
+    w, c = (W / _over(unit, block, W.shape[2])).astype(np.float32), _powers(E)
     signs = (1, -1) if wish.is_mirrored and grid.signed else (1,)
     for ratio in (sign * r for r in RATIOS for sign in signs):
         tried = _range(ratio * low, ratio * high, grid)
-        s, z = (_over(part.astype(np.float32), block, W.shape[2]) for part in tried)
+        parts = ((tried[0] / unit).astype(np.float32), tried[1].astype(np.float32))
+        s, z = (_over(part, block, W.shape[2]) for part in parts)
         q = np.clip(np.rint(w / s) + z, grid.low, grid.high) - z
         found = _blocks_of(c * (w - s * q) ** 2, block)
         better = found < least
         best = (np.where(better, tried[0], best[0]), np.where(better, tried[1], best[1]))
         least = np.where(better, found, least)
     return best
+
+
+def _powers(E: Quadratic) -> Array:
+    """C_jj, relative to the largest one, (groups, 1, d)."""
+    if not E.blocks:
+        return np.ones((1, 1, 1), np.float32)
+    power = E.diagonal[:, None]
+    return np.asarray(power / max(float(power.max(initial=0)), TINY), np.float32)
 
 
 def _range(low: Floats, high: Floats, grid: Grid) -> tuple[Floats, Floats]:

@@ -177,7 +177,7 @@ def refit(W: Floats, E: Quadratic, support: Mask, start: Floats | None = None) -
     start: a first guess. Each row is solved by itself, with the diagonal of C as preconditioner.
     """
     X = np.where(support, W if start is None else start, 0)
-    scale = 1 / E.diagonal[:, None]
+    scale = _ratio(np.ones_like(E.diagonal), E.diagonal)[:, None]
     R = np.where(support, E.times(W - X), 0)
     Z = R * scale
     P, z = Z, _dot(R, Z)
