@@ -27,6 +27,7 @@ STEPS = 60
 FIRST, GROWTH = 0.03, 1.1  # ρ at first, of the mean eigenvalue, and its growth from step to step
 RESTING = 1e-4  # share of codes that still change at the end
 LEAST = 1e-6  # of the mean eigenvalue
+SMALLER = 0.8  # of the numbers that it starts from: they grow again as weights lean on each other
 
 
 def joined(W: Floats, E: Quadratic, family: Family, starts: Iterable[Coded]) -> Iterator[Coded]:
@@ -43,7 +44,8 @@ def admm(W: Floats, E: Quadratic, family: Family, t: Floats) -> Coded:
     spectra = [spectrum(block / level) for block in E.blocks]
     rho = FIRST * max(float(np.mean(np.concatenate([e.reshape(-1) for e, _ in spectra]))), LEAST)
     goal = (E.times(W) / (unit * level)).astype(np.float32)
-    now, V = Coded(t / unit, *family.nearest(W / unit, t / unit)), np.zeros(W.shape, np.float32)
+    t = SMALLER * t / unit
+    now, V = Coded(t, *family.nearest(W / unit, t)), np.zeros(W.shape, np.float32)
     for _ in range(STEPS):
         D = now.weight.astype(np.float32)
         X = damped(goal + np.float32(rho) * D - V, spectra, np.float32(rho))
