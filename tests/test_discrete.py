@@ -206,11 +206,20 @@ def test_admm_beats_the_nearest_levels() -> None:
 
 def test_levels_of_an_output_are_exact() -> None:
     W, E = problem(3, 10, groups=2)
-    found = exact_levels(W, E, 3)
-    for g, o in np.ndindex(2, 3):
-        wanted = exact(Points.of(W[g, o], np.diagonal(E.blocks[0][g])), 3)
-        np.testing.assert_allclose(found[g, o], wanted, rtol=1e-12)
-    assert E.error(W - discrete(W, E, "levels", 4).weight) < 1e-9  # as many levels as weights
+    for count in (1, 3, 4):
+        found = exact_levels(W, E, count)
+        for g, o in np.ndindex(2, 3):
+            wanted = exact(Points.of(W[g, o], np.diagonal(E.blocks[0][g])), count)
+            np.testing.assert_allclose(found[g, o], wanted, rtol=1e-9)
+    assert E.error(W - discrete(W, E, "levels", 4).weight) < 1e-9  # more levels than weights
+
+
+def test_levels_of_many_numbers_cost_little_more_than_exact_ones() -> None:
+    W, _ = problem(3, 900)
+    found = exact_levels(W, Quadratic(), 8)
+    for o in range(3):
+        points = Points.of(W[0, o])
+        assert points.error(found[0, o]) < 1.01 * points.error(exact(points, 8))
 
 
 def test_levels_of_a_layer_are_the_same_for_all() -> None:

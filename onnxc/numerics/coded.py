@@ -30,7 +30,7 @@ from onnxc.numerics.columns import (
 )
 from onnxc.numerics.sparse import Quadratic
 
-ROUNDS, SETTLED = 20, 5e-3  # of numbers and codes in turn; a gain in E that ends them
+ROUNDS, SETTLED = 20, 1e-2  # of numbers and codes in turn; a gain in E that ends them
 SOLVED = 1e-2  # ‖residual‖ of the numbers, of the first one
 CLOSE = 1e-6  # a move of numbers that only rounds them
 

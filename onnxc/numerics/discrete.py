@@ -8,7 +8,7 @@
     bases      1..4   ± a_1 ± … ± a_M         greedy, then alternating         Guo 2017; Xu 2018
     pow2       2..5   0, ± 2^k                incremental                      Zhou 2017 (INQ)
     admm       2..5   0, ± α 2^k              the best of several α            Leng 2018 (ADMM)
-    levels     1..8   any of each output      exact dynamic programming        ZipML 2017
+    levels     1..5   any of each output      exact dynamic programming        ZipML 2017
     codebook   1..8   any of the layer        the same                         ZipML 2017
 
 Every scheme starts from the numbers of its paper, on the nearest levels, fed forward, and by ADMM
@@ -34,13 +34,13 @@ from onnxc.numerics.admm import joined
 from onnxc.numerics.coded import Coded
 from onnxc.numerics.columns import Floats
 from onnxc.numerics.kmeans import Points, exact
+from onnxc.numerics.kmeans_rows import exact_rows
 from onnxc.numerics.levels import ASYMMETRIC, TERNARY, Discrete, Levels, powers, signs
 from onnxc.numerics.powers import incremental, window
 from onnxc.numerics.sparse import Quadratic
 
 Array = NDArray[Any]
 
-BINS = 512  # of the weights of an output, for exact levels
 OCTAVES, FINENESS = 4, 4  # factors α below the largest one, and how many in each octave
 
 Starts = Callable[[Floats, Quadratic, Levels], Iterator[Coded]]
@@ -121,11 +121,8 @@ def _levels(W: Floats, E: Quadratic, levels: Levels) -> Iterator[Coded]:
 def exact_levels(W: Floats, E: Quadratic, count: int) -> Floats:
     """The levels of least Σ_j C_jj (w_j − c)² for each output, (groups, outputs, count)."""
     power = np.broadcast_to(E.diagonal[:, None] if E.blocks else np.ones(1), W.shape)
-    found = np.empty((*W.shape[:2], count))
-    for row in np.ndindex(W.shape[:2]):
-        c = exact(Points.of(W[row], power[row], BINS), count)
-        found[row] = np.pad(c, (0, count - len(c)), mode="edge")
-    return found
+    d = W.shape[2]
+    return exact_rows(W.reshape(-1, d), power.reshape(-1, d), count).reshape(*W.shape[:2], count)
 
 
 def _codebook(W: Floats, E: Quadratic, levels: Levels) -> Iterator[Coded]:
@@ -156,6 +153,6 @@ SCHEMES: dict[str, Scheme] = {
     "bases": Scheme(signs, _bases, (1, 4)),
     "pow2": Scheme(powers, _pow2, (2, 5), is_free=False),
     "admm": Scheme(powers, _scaled, (2, 5)),
-    "levels": Scheme(_any, _levels, (1, 8)),
+    "levels": Scheme(_any, _levels, (1, 5)),
     "codebook": Scheme(_any, _codebook, (1, 8), is_free=False),
 }
