@@ -29,6 +29,7 @@ from onnxc.numerics.sparse import Quadratic, largest, refit
 
 SHARES = (0.5, 0.75, 0.875, 1.0)  # of the weights that are on levels, step by step
 LOWER = 4  # windows that are tried below the highest
+ACCURACY = 1e-3  # of what OBS makes of the other weights
 
 
 def windows(W: Floats, levels: Levels) -> Iterator[Floats]:
@@ -55,5 +56,5 @@ def incremental(W: Floats, E: Quadratic, levels: Levels, t: Floats) -> Coded:
         X = np.where(fixed, values, X)
         if E.blocks and share < 1:
             held = np.where(fixed, X, 0)
-            X = held + refit(W - held, E, ~fixed, X)
+            X = held + refit(W - held, E, ~fixed, X, ACCURACY)
     return Coded(t, codes, values)

@@ -171,10 +171,17 @@ def solve(W: Floats, E: Quadratic, pattern: Pattern, steps: int = FINE) -> Float
     return D.astype(np.float64)
 
 
-def refit(W: Floats, E: Quadratic, support: Mask, start: Floats | None = None) -> Floats:
+def refit(
+    W: Floats,
+    E: Quadratic,
+    support: Mask,
+    start: Floats | None = None,
+    accuracy: float = ACCURACY,
+) -> Floats:
     """argmin E(X) over X that is zero outside its support, (groups, outputs, d).
 
-    start: a first guess. Each row is solved by itself, with the diagonal of C as preconditioner.
+    start: a first guess. accuracy: of the first residual, what may be left of it. Each row is
+    solved by itself, with the diagonal of C as preconditioner.
     """
     X = np.where(support, W if start is None else start, 0)
     scale = _ratio(np.ones_like(E.diagonal), E.diagonal)[:, None]
@@ -183,7 +190,7 @@ def refit(W: Floats, E: Quadratic, support: Mask, start: Floats | None = None) -
     P, z = Z, _dot(R, Z)
     first = z.copy()
     for _ in range(min(MOST_STEPS, W.shape[-1])):
-        if (z <= ACCURACY**2 * first).all():
+        if (z <= accuracy**2 * first).all():
             break
         Q = np.where(support, E.times(P), 0)
         step = _ratio(z, _dot(P, Q))
