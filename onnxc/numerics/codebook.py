@@ -6,14 +6,10 @@ the rows of the layer's input (`onnxc.numerics.sparse`),
     E(a, c) = tr (W − Ŵ) C (W − Ŵ)ᵀ.
 
 **Start**, with the levels given: columns j in turn, of large C_jj first, each on the level nearest
-to what makes up for the columns before it. With C = U D Uᵀ, U unit upper triangular,
+to what makes up for the columns before it (`onnxc.numerics.columns`). **Codes**, by coordinate
+descent: column j of the best weight, all others as they are, is
 
-    E = Σ_j D_j ‖(Δ U)_j‖²,  Δ = W − Ŵ:      ŵ_j <- nearest(w_j + Σ_{i<j} Δ_i U_ij)
-
-which is GPTQ (Frantar 2022) as successive rounding (Chee 2023). **Codes**, by coordinate descent:
-column j of the best weight, all others as they are, is
-
-    w*_j = ŵ_j + (Δ C)_j / C_jj,      a_j <- argmin C_jj (w*_j − c_a)² + λ b_a
+    w*_j = ŵ_j + (Δ C)_j / C_jj,  Δ = W − Ŵ,      a_j <- argmin C_jj (w*_j − c_a)² + λ b_a
 
 with b_a = −log₂ of the share of weights on level a (λ is 0 unless code length has a price).
 **Levels**, with the codes given, are linear least squares: with A the matrix of zeros and ones that
@@ -34,7 +30,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxc.numerics.covariance import root
+from onnxc.numerics.columns import forward, sweep, triangles, upright
 from onnxc.numerics.kmeans import nearest
 from onnxc.numerics.sparse import Quadratic
 
@@ -44,12 +40,9 @@ Mask = NDArray[np.bool_]
 
 ROUNDS, SETTLED = 30, 3e-3  # of codes and levels in turn; a gain in E that ends them
 SWEEPS = 2  # of the codes in a round
-WIDTH = 64  # columns whose changes are multiplied out together
 SOLVED = 1e-3  # ‖residual‖ of the levels, of the first one
 CHUNK = 1 << 22  # costs that are compared at once
 STEPS = 127  # of a grid of integers on either side of 0
-
-Choose = Callable[[Floats, Floats], Codes]  # of w*_j and C_jj, the codes
 
 
 @dataclass(frozen=True)
@@ -135,68 +128,32 @@ def feed_forward(W: Floats, E: Quadratic, book: Codebook) -> Codebook:
     if not E.blocks:
         return plain(W, book.levels, book.pinned)
     kept = W == 0 if book.pinned is not None else np.zeros(W.shape, bool)
-    parts, begin = [], 0
-    for C in E.blocks:
-        part = slice(begin, begin + C.shape[1])
-        parts.append(_forward(W[..., part], C, book, kept[..., part]))
-        begin += C.shape[1]
-    return replace(book, codes=np.concatenate(parts, axis=2))
 
+    def choose(j: int, goal: Floats, power: Floats) -> tuple[Codes, Floats]:
+        a = np.where(kept[..., j], book.pinned or 0, nearest(goal, book.levels))
+        return a, book.levels[a]
 
-def _forward(W: Floats, C: Floats, book: Codebook, kept: Mask) -> Codes:
-    order = np.argsort(-np.mean(np.diagonal(C, axis1=1, axis2=2), axis=0), kind="stable")
-    w, U = W[..., order], _unit_upper(C[:, order[:, None], order])
-    codes, delta = np.zeros(W.shape, np.intp), np.zeros_like(w)
-    for begin in range(0, w.shape[2], WIDTH):
-        block = range(begin, min(begin + WIDTH, w.shape[2]))
-        before = delta[..., :begin] @ U[:, :begin, begin : block.stop]
-        for j in block:
-            inside = delta[..., begin:j] @ U[:, begin:j, j : j + 1]
-            goal = w[..., j] + before[..., j - begin] + inside[..., 0]
-            a = np.where(kept[..., order[j]], book.pinned or 0, nearest(goal, book.levels))
-            codes[..., order[j]], delta[..., j] = a, w[..., j] - book.levels[a]
-    return codes
-
-
-def _unit_upper(C: Floats) -> Floats:
-    """U of C = U D Uᵀ."""
-    U = root(C[:, ::-1, ::-1])[:, ::-1, ::-1]
-    return np.asarray(U / np.diagonal(U, axis1=1, axis2=2)[:, None])
+    codes, _ = forward(W, triangles(E), choose)
+    return replace(book, codes=np.ascontiguousarray(codes))
 
 
 def descend(W: Floats, E: Quadratic, book: Codebook, kept: Mask, price: float = 0.0) -> Codes:
     """Codes after one sweep of coordinate descent over all columns."""
-    choose = _chooser(book, price)
+    cheapest = _cheapest(book, price)
     if not E.blocks:
-        chosen = choose(W, np.ones((1, 1, 1)))
-        return np.where(kept, book.codes, chosen)
-    codes, begin = book.codes.copy(), 0
-    for C in E.blocks:
-        part = slice(begin, begin + C.shape[1])
-        _sweep(W[..., part], C, book.levels, codes[..., part], kept[..., part], choose)
-        begin += C.shape[1]
-    return codes
+        return np.where(kept, book.codes, cheapest(W, np.ones((1, 1, 1))))
+    codes, values = upright(book.codes), upright(book.weight)
+
+    def choose(j: int, goal: Floats, power: Floats) -> tuple[Codes, Floats]:
+        a = np.where(kept[..., j], codes[..., j], cheapest(goal, power))
+        return a, book.levels[a]
+
+    sweep(E, codes, values, upright(E.times(W - values)), choose)
+    return np.ascontiguousarray(codes)
 
 
-def _sweep(W: Floats, C: Floats, levels: Floats, codes: Codes, kept: Mask, choose: Choose) -> None:
-    """Change codes in place, column by column; R = Δ C is kept up to date in blocks of columns."""
-    R = (W - levels[codes]) @ C
-    diagonal = np.diagonal(C, axis1=1, axis2=2)
-    for begin in range(0, W.shape[2], WIDTH):
-        end = min(begin + WIDTH, W.shape[2])
-        inside, old = R[..., begin:end].copy(), levels[codes[..., begin:end]]
-        for j in range(begin, end):
-            power, now = diagonal[:, j, None], levels[codes[..., j]]
-            a = choose(now + inside[..., j - begin] / power, power)
-            a = np.where(kept[..., j], codes[..., j], a)
-            moved = levels[a] - now
-            inside -= moved[..., None] * C[:, None, j, begin:end]
-            codes[..., j] = a
-        moved = levels[codes[..., begin:end]] - old
-        R[..., end:] -= moved @ C[:, begin:end, end:]  # what is behind is not read again
-
-
-def _chooser(book: Codebook, price: float) -> Choose:
+def _cheapest(book: Codebook, price: float) -> Callable[[Floats, Floats], Codes]:
+    """What gives the codes of w*_j and C_jj."""
     if not price:
         return lambda goal, power: nearest(goal, book.levels)
     lengths = price * -np.log2(np.maximum(book.shares, 1 / (2 * book.codes.size)))

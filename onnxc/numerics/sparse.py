@@ -149,14 +149,14 @@ def sparse(W: Floats, E: Quadratic, criterion: Criterion, pattern: Pattern) -> F
 
 def solve(W: Floats, E: Quadratic, pattern: Pattern, steps: int = FINE) -> Floats:
     """D of the module's docstring after so many steps, or when its support has settled."""
-    spectra = [_spectrum(block) for block in E.blocks]
+    spectra = [spectrum(block) for block in E.blocks]
     level = float(np.mean(np.concatenate([e.reshape(-1) for e, _ in spectra])))
     goal, rho = E.times(W).astype(np.float32), np.float32(FIRST * level)
     D = W.astype(np.float32)
     V, support = np.zeros_like(D), np.ones(D.shape, bool)
     changed = 0
     for step in range(1, steps + 1):
-        X = _solved(goal + rho * D - V, spectra, rho)
+        X = damped(goal + rho * D - V, spectra, rho)
         Z = X + V / rho
         mask = pattern(Z * Z)
         D = np.where(mask, Z, np.float32(0))
@@ -171,19 +171,26 @@ def solve(W: Floats, E: Quadratic, pattern: Pattern, steps: int = FINE) -> Float
     return D.astype(np.float64)
 
 
-def refit(W: Floats, E: Quadratic, support: Mask, start: Floats | None = None) -> Floats:
+def refit(
+    W: Floats,
+    E: Quadratic,
+    support: Mask,
+    start: Floats | None = None,
+    accuracy: float = ACCURACY,
+) -> Floats:
     """argmin E(X) over X that is zero outside its support, (groups, outputs, d).
 
-    start: a first guess. Each row is solved by itself, with the diagonal of C as preconditioner.
+    start: a first guess. accuracy: of the first residual, what may be left of it. Each row is
+    solved by itself, with the diagonal of C as preconditioner.
     """
     X = np.where(support, W if start is None else start, 0)
-    scale = 1 / E.diagonal[:, None]
+    scale = _ratio(np.ones_like(E.diagonal), E.diagonal)[:, None]
     R = np.where(support, E.times(W - X), 0)
     Z = R * scale
     P, z = Z, _dot(R, Z)
     first = z.copy()
     for _ in range(min(MOST_STEPS, W.shape[-1])):
-        if (z <= ACCURACY**2 * first).all():
+        if (z <= accuracy**2 * first).all():
             break
         Q = np.where(support, E.times(P), 0)
         step = _ratio(z, _dot(P, Q))
@@ -255,13 +262,13 @@ def _top(rows: Array, keep: int) -> Mask:
     return np.asarray(mask | (ties & (np.cumsum(ties, axis=1) <= missing[:, None])))
 
 
-def _spectrum(block: Floats) -> tuple[Array, Array]:
+def spectrum(block: Floats) -> tuple[Array, Array]:
     """Eigenvalues (groups, width) and eigenvectors of C."""
     e, Q = np.linalg.eigh(block)
     return np.maximum(e, 0).astype(np.float32), Q.astype(np.float32)
 
 
-def _solved(Y: Array, spectra: Sequence[tuple[Array, Array]], rho: Any) -> Array:
+def damped(Y: Array, spectra: Sequence[tuple[Array, Array]], rho: Any) -> Array:
     """Y (C + ρ I)⁻¹."""
     parts, start = [], 0
     for e, Q in spectra:
