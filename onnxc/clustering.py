@@ -8,8 +8,11 @@ from typing import Literal
 
 from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, WIDEST, least_opset
 from onnxc.core import Pass
+from onnxc.errors import OptionError
+from onnxc.numerics.sharing import Method
 from onnxc.workpiece import Workpiece
 from passes.cluster import Cluster
+from passes.cluster_vectors import METHODS, ClusterVectors, VectorMethod
 from passes.quantize import Quantize
 from passes.reconstruct import Reconstruct
 from passes.store_codebooks import StoreCodebooks
@@ -20,11 +23,14 @@ from passes.upgrade_opset import UpgradeOpset
 class ClusterSettings:
     """How weights share values; the options of `onnxc cluster` besides data, target and nodes.
 
+    method: what finds the values that weights share; pq, rq, kernels and filters find vectors.
     format: the model computes in float, or in integers with codebooks of int8 values. reconstruct:
     whether layers are refit to the original's outputs, one after the other.
     """
 
     cluster: Cluster = field(default_factory=Cluster)
+    vectors: ClusterVectors = field(default_factory=ClusterVectors)
+    method: Method | VectorMethod = "dp"
     format: Literal["float", "int8-codebook"] = "float"
     reconstruct: bool = True
 
@@ -35,7 +41,9 @@ class ClusterSettings:
 
 
 def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
-    """The one way, named by what is shared."""
+    """The one way, named by what is shared. Raises OptionError for settings that do not agree."""
+    if settings.method in METHODS:
+        return _vectors(settings)
     bits, is_float = settings.cluster.bits, settings.format == "float"
     cluster = settings.cluster if is_float else replace(settings.cluster, grid="int8")
     opset = NIBBLE_OPSET if bits == NIBBLE else max(map(least_opset, range(1, WIDEST + 1)))
@@ -43,3 +51,13 @@ def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass
     integers: tuple[Pass, ...] = () if is_float else (Quantize(per_tensor=True),)
     first: tuple[Pass, ...] = (UpgradeOpset(opset), cluster)
     return {cluster.summary: (*first, *refit, *integers, StoreCodebooks())}
+
+
+def _vectors(settings: ClusterSettings) -> Mapping[str, tuple[Pass, ...]]:
+    """The one way for vectors, which are stored as they are found."""
+    if settings.format != "float":
+        raise OptionError(
+            f"--method {settings.method} makes float weights: leave --format {settings.format} out"
+        )
+    opset = max(map(least_opset, range(1, settings.vectors.bits + 1)))
+    return {settings.vectors.summary: (UpgradeOpset(opset), settings.vectors)}

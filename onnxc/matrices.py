@@ -62,6 +62,12 @@ class Layer:
         return knowledge(self.nodes[0]).out_axis is not None and not self.unmeasured
 
     @property
+    def is_turned(self) -> bool:
+        """Whether the rows of the matrix lie across the axes of the weight."""
+        axis = knowledge(self.nodes[0]).out_axis
+        return self.is_linear and axis is not None and axis(self.nodes[0]) != 0
+
+    @property
     def matrix(self) -> Array:
         """The weight as (groups, outputs, d), float64; of a recurrent one, all gates as outputs."""
         array = values(self.weight).astype(np.float64)

@@ -7,14 +7,8 @@ rewritten graph with all nodes before it already refit,
 
 and a weight of few distinct values keeps as few (`onnxc.numerics.recluster`).
 
-The goal t is the node's output y in the original, before any activation. Where y only goes into a
-sum s = y + r, it is
-
-    t = s − r̂,     s of the original, r̂ of the rewritten graph,
-
-so that what the residual stream has gone wrong by is made good at each block (He 2017, "Channel
-pruning for accelerating very deep neural networks", §3.2 on multi-branch networks). No label and no
-gradient is used.
+The goal t is the node's output in the original, or what the sum that it goes into leaves for it
+(`onnxc.goals`). No label and no gradient is used.
 
 With `nonlinear`, what counts is the error behind the activation, where a ReLU follows the node or
 its sum: see `onnxc.numerics.nonlinear` (Zhang 2016, §3.2).
@@ -22,28 +16,25 @@ its sum: see `onnxc.numerics.nonlinear` (Zhang 2016, §3.2).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.biases import bias_of
 from onnxc.core import Change, Context, Goal, Key, Pass, Skip, register
-from onnxc.graph import captured, constant, fresh, nbytes, store, values
-from onnxc.moments import from_matrix, matrix, moments_key, why_no_moments
+from onnxc.goals import goal_of, has_bias, maker_like, parts_of, why_no_goal
+from onnxc.graph import captured, constant, fresh, nbytes, store
+from onnxc.moments import from_matrix, moments_key
 from onnxc.moved import moved
 from onnxc.numerics.nonlinear import Bent, bend
 from onnxc.numerics.recluster import codebook_of, refit_shared
 from onnxc.numerics.refit import Fit, Sums, refit
-from onnxc.ops import bounds, data_inputs, is_absorbed, is_constant, knowledge, weight_of
+from onnxc.ops import bounds, is_absorbed, knowledge, weight_of
 
 Array = NDArray[Any]
 
-WIDEST = 4608  # inputs of a layer, √(groups d²): H takes a few copies of 8 bytes times its square
 WORTH = 0.01  # of the error: what a bias that is not there yet has to save
 
 
@@ -77,16 +68,12 @@ class Reconstruct:
         changed = set[str]() if context.original is None else moved(graph, context.original)
         for node in list(graph.nodes):
             if knowledge(node).role == "weighted":
-                reason = "excluded" if node.name in kept else _obstacle(node, context)
-                goal = None if reason else self._goal(node, graph, context)
+                reason = "excluded" if node.name in kept else why_no_goal(node, context)
+                goal = None if reason else goal_of(node, graph, context, self.blocks)
                 if goal is not None and changed.isdisjoint((node.outputs[0].name, goal.minus)):
                     reason = "not refit: it computes what it did in the original"
                 high = _high(node, goal, graph) if goal is not None and self.nonlinear else None
                 yield RefitNode(node.name, goal, reason, high)
-
-    def _goal(self, node: gs.Node, graph: gs.Graph, context: Context) -> Goal:
-        own = Goal(node.outputs[0].name, knowledge(node).y_axis)
-        return (_sum_goal(node, graph, context) if self.blocks else None) or own
 
 
 @dataclass(frozen=True)
@@ -118,20 +105,20 @@ class RefitNode:
     def _refit(
         self, graph: gs.Graph, node: gs.Node, found: Any, rows: Any, context: Context
     ) -> Change | Skip:
-        W, b = _parts(node)
+        W, b = parts_of(node)
         book = codebook_of(W)
         if book is None:
             best = _fit(node, found.folds, W, b)
         else:
-            whole = _parts(_maker_like(node, context))
-            best = refit_shared(found.folds, *whole, book, b, _has_bias(node))
+            whole = parts_of(maker_like(node, context))
+            best = refit_shared(found.folds, *whole, book, b, has_bias(node))
         scale = float(sum(s.variance().sum() for s in found.folds))
         if not best.after < best.before or scale <= 0:
             return Skip(node.name, "not refit: nothing lowers the error of its outputs")
         what = f"refit, error of its outputs {best.before / scale:.2%} to {best.after / scale:.2%}"
         if rows is None or self.high is None or book is not None:
             return _write(graph, node, best.W, best.b, what)
-        is_biased = _has_bias(node) or bool(best.b.any())
+        is_biased = has_bias(node) or bool(best.b.any())
         bent = bend(found.folds, rows.folds, W, b, best, is_biased, self.high)
         return _write(graph, node, bent.W, bent.b, what + _told(bent))
 
@@ -144,102 +131,6 @@ class RefitNode:
         return replace(key, goal=self.goal)
 
 
-def _obstacle(node: gs.Node, context: Context) -> str:
-    """Why a heavy node cannot be refit; empty if it can."""
-    reason, weight = why_no_moments(node), weight_of(node)
-    if reason or weight is None:
-        return f"not refit: {reason}"
-    row = knowledge(node)
-    assert row.window is not None
-    if len(weight.shape) > 2 and not row.window(node).kernel:
-        return f"not refit: the outputs of {node.op} overlap"
-    d = math.prod(weight.shape) // _channels(node)[0]
-    if row.window(node).groups * d * d > WIDEST**2:
-        return f"not refit: with {d} inputs it is too wide"
-    other = next((user for user in weight.outputs if user is not node), None)
-    if other is not None:
-        return f"not refit: its weight is shared with {other.name}"
-    if _has_bias(node) and not _is_plain(node.inputs[row.bias], node):
-        return "not refit: its bias is not one constant for each output"
-    if any(node.attrs.get(key, 1.0) != 1.0 for key in ("alpha", "beta")):
-        return "not refit: it multiplies its output or its bias by a factor"
-    if context.original is None:
-        return "not refit: the original model is not known"
-    maker = _maker(node.outputs[0].name, context.original)
-    if maker is None:
-        return "not refit: it is not in the original"
-    is_heavy = knowledge(maker).role == "weighted" and weight_of(maker) is not None
-    is_cut = is_heavy and _channels(maker) != _channels(node)
-    return "not refit: it has other channels than in the original" if is_cut else ""
-
-
-def _has_bias(node: gs.Node) -> bool:
-    position = knowledge(node).bias
-    return position is not None and position < len(node.inputs) and bool(node.inputs[position].name)
-
-
-def _is_plain(bias: gs.Tensor, node: gs.Node) -> bool:
-    weight, row = weight_of(node), knowledge(node)
-    assert weight is not None and row.out_axis is not None
-    return is_constant(bias) and tuple(bias.shape) in (
-        (),
-        (1,),
-        _channels(node),
-        (1, *_channels(node)),
-    )
-
-
-def _channels(node: gs.Node) -> tuple[int]:
-    weight, row = weight_of(node), knowledge(node)
-    assert weight is not None and row.out_axis is not None
-    return (int(weight.shape[row.out_axis(node)]),)
-
-
-def _sum_goal(node: gs.Node, graph: gs.Graph, context: Context) -> Goal | None:
-    """What the original's sum leaves for this node, where its output only goes into one."""
-    y = node.outputs[0]
-    pinned = {t.name for t in graph.outputs} | captured(graph)
-    if len(y.outputs) != 1 or y.name in pinned or not knowledge(y.outputs[0]).adds:
-        return None
-    add = y.outputs[0]
-    others = [t for t in data_inputs(add) if t is not y]
-    if len(others) != 1 or is_constant(others[0]):
-        return None
-    shapes = [t.shape for t in (y, others[0], add.outputs[0])]
-    if None in shapes or any(list(shape) != list(shapes[0]) for shape in shapes):
-        return None
-    if not _has_same_sum(add, context) or _depends_on_later(others[0], node, graph):
-        return None
-    return Goal(add.outputs[0].name, knowledge(node).y_axis, others[0].name)
-
-
-def _has_same_sum(add: gs.Node, context: Context) -> bool:
-    """Whether the original has a sum of that name."""
-    assert context.original is not None
-    maker = _maker(add.outputs[0].name, context.original)
-    return maker is not None and knowledge(maker).adds
-
-
-def _maker(tensor: str, graph: gs.Graph) -> gs.Node | None:
-    return next((n for n in graph.nodes if any(t.name == tensor for t in n.outputs)), None)
-
-
-def _depends_on_later(tensor: gs.Tensor, node: gs.Node, graph: gs.Graph) -> bool:
-    """Whether a heavy node that comes behind `node` has a part in a tensor."""
-    order = {id(n): position for position, n in enumerate(graph.nodes)}
-    pending, seen = [tensor], set[int]()
-    while pending:
-        for maker in pending.pop().inputs:
-            if id(maker) in seen or id(maker) not in order:
-                continue
-            seen.add(id(maker))
-            is_later = order[id(maker)] > order[id(node)]
-            if is_later and knowledge(maker).role == "weighted":
-                return True
-            pending += [t for t in maker.inputs if not is_constant(t)]
-    return False
-
-
 def _high(node: gs.Node, goal: Goal, graph: gs.Graph) -> float | None:
     """The largest output of the ReLU that alone reads a node's output, or the sum it goes into."""
     y = node.outputs[0] if goal.minus is None else node.outputs[0].outputs[0].outputs[0]
@@ -250,30 +141,11 @@ def _high(node: gs.Node, goal: Goal, graph: gs.Graph) -> float | None:
 
 def _fit(node: gs.Node, folds: Sequence[Sums], W: Array, b: Array) -> Fit:
     """The best linear fit, with a bias that is not there yet where that is worth it."""
-    best = refit(folds, W, b, _has_bias(node))
-    if knowledge(node).bias is None or _has_bias(node):
+    best = refit(folds, W, b, has_bias(node))
+    if knowledge(node).bias is None or has_bias(node):
         return best
     more = refit(folds, W, b, True)
     return more if more.after < (1 - WORTH) * best.after else best
-
-
-def _parts(node: gs.Node) -> tuple[Array, Array]:
-    """W (groups, outputs, d) and b (groups, outputs)."""
-    weight = weight_of(node)
-    assert weight is not None
-    W = matrix(node, values(weight).astype(np.float64))
-    return W, bias_of(node).reshape(W.shape[:2])
-
-
-def _maker_like(node: gs.Node, context: Context) -> gs.Node:
-    """The node of the original that is in its place, if its weight has the same shape."""
-    assert context.original is not None
-    maker = _maker(node.outputs[0].name, context.original)
-    if maker is None or maker.op != node.op:
-        return node
-    mine, other = weight_of(node), weight_of(maker)
-    assert mine is not None
-    return maker if other is not None and other.shape == mine.shape else node
 
 
 def _told(bent: Bent) -> str:
@@ -289,7 +161,7 @@ def _write(graph: gs.Graph, node: gs.Node, W: Array, b: Array, what: str) -> Cha
     before = sum(map(nbytes, old))
     array = from_matrix(node, W, tuple(weight.shape)).astype(weight.dtype)
     node.inputs[row.weight] = store(graph, fresh(graph, f"{weight.name}_refit"), array)
-    if row.bias is not None and (_has_bias(node) or b.any()):
+    if row.bias is not None and (has_bias(node) or b.any()):
         _set_bias(graph, node, b.reshape(-1).astype(weight.dtype))
     after = sum(nbytes(t) for t in node.inputs if isinstance(t, gs.Constant))
     return Change(node.name, what, before, after)
@@ -298,7 +170,7 @@ def _write(graph: gs.Graph, node: gs.Node, W: Array, b: Array, what: str) -> Cha
 def _set_bias(graph: gs.Graph, node: gs.Node, bias: Array) -> None:
     position = knowledge(node).bias
     assert position is not None
-    stem = node.inputs[position].name if _has_bias(node) else f"{node.name}_bias"
+    stem = node.inputs[position].name if has_bias(node) else f"{node.name}_bias"
     made = constant(fresh(graph, f"{stem}_refit"), bias)
     if position < len(node.inputs):
         node.inputs[position] = made

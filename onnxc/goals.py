@@ -1,0 +1,151 @@
+"""What a heavy node of a rewritten graph ought to give, and why it cannot be fitted to that.
+
+The goal t is the node's output y in the original, before any activation. Where y only goes into a
+sum s = y + r, it is
+
+    t = s − r̂,     s of the original, r̂ of the rewritten graph,
+
+so that what the residual stream has gone wrong by is made good at each block (He 2017, "Channel
+pruning for accelerating very deep neural networks", §3.2 on multi-branch networks).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxc.biases import bias_of
+from onnxc.core import Context, Goal
+from onnxc.graph import captured, values
+from onnxc.moments import matrix, why_no_moments
+from onnxc.ops import data_inputs, is_constant, knowledge, weight_of
+
+Array = NDArray[Any]
+
+WIDEST = 4608  # inputs of a layer, √(groups d²): H takes a few copies of 8 bytes times its square
+
+
+def goal_of(node: gs.Node, graph: gs.Graph, context: Context, blocks: bool = True) -> Goal:
+    """What a node ought to give. blocks: a sum that alone reads it comes out as in the original."""
+    own = Goal(node.outputs[0].name, knowledge(node).y_axis)
+    return (_sum_goal(node, graph, context) if blocks else None) or own
+
+
+def why_no_goal(node: gs.Node, context: Context) -> str:
+    """Why a heavy node cannot be refit; empty if it can."""
+    reason, weight = why_no_moments(node), weight_of(node)
+    if reason or weight is None:
+        return f"not refit: {reason}"
+    row = knowledge(node)
+    assert row.window is not None
+    if len(weight.shape) > 2 and not row.window(node).kernel:
+        return f"not refit: the outputs of {node.op} overlap"
+    d = math.prod(weight.shape) // _channels(node)[0]
+    if row.window(node).groups * d * d > WIDEST**2:
+        return f"not refit: with {d} inputs it is too wide"
+    other = next((user for user in weight.outputs if user is not node), None)
+    if other is not None:
+        return f"not refit: its weight is shared with {other.name}"
+    if has_bias(node) and not _is_plain(node.inputs[row.bias], node):
+        return "not refit: its bias is not one constant for each output"
+    if any(node.attrs.get(key, 1.0) != 1.0 for key in ("alpha", "beta")):
+        return "not refit: it multiplies its output or its bias by a factor"
+    if context.original is None:
+        return "not refit: the original model is not known"
+    maker = _maker(node.outputs[0].name, context.original)
+    if maker is None:
+        return "not refit: it is not in the original"
+    is_heavy = knowledge(maker).role == "weighted" and weight_of(maker) is not None
+    is_cut = is_heavy and _channels(maker) != _channels(node)
+    return "not refit: it has other channels than in the original" if is_cut else ""
+
+
+def has_bias(node: gs.Node) -> bool:
+    """Whether a heavy node has a bias, constant or not."""
+    position = knowledge(node).bias
+    return position is not None and position < len(node.inputs) and bool(node.inputs[position].name)
+
+
+def parts_of(node: gs.Node) -> tuple[Array, Array]:
+    """W (groups, outputs, d) and b (groups, outputs)."""
+    weight = weight_of(node)
+    assert weight is not None
+    W = matrix(node, values(weight).astype(np.float64))
+    return W, bias_of(node).reshape(W.shape[:2])
+
+
+def maker_like(node: gs.Node, context: Context) -> gs.Node:
+    """The node of the original that is in its place, if its weight has the same shape."""
+    assert context.original is not None
+    maker = _maker(node.outputs[0].name, context.original)
+    if maker is None or maker.op != node.op:
+        return node
+    mine, other = weight_of(node), weight_of(maker)
+    assert mine is not None
+    return maker if other is not None and other.shape == mine.shape else node
+
+
+def _is_plain(bias: gs.Tensor, node: gs.Node) -> bool:
+    weight, row = weight_of(node), knowledge(node)
+    assert weight is not None and row.out_axis is not None
+    return is_constant(bias) and tuple(bias.shape) in (
+        (),
+        (1,),
+        _channels(node),
+        (1, *_channels(node)),
+    )
+
+
+def _channels(node: gs.Node) -> tuple[int]:
+    weight, row = weight_of(node), knowledge(node)
+    assert weight is not None and row.out_axis is not None
+    return (int(weight.shape[row.out_axis(node)]),)
+
+
+def _sum_goal(node: gs.Node, graph: gs.Graph, context: Context) -> Goal | None:
+    """What the original's sum leaves for this node, where its output only goes into one."""
+    y = node.outputs[0]
+    pinned = {t.name for t in graph.outputs} | captured(graph)
+    if len(y.outputs) != 1 or y.name in pinned or not knowledge(y.outputs[0]).adds:
+        return None
+    add = y.outputs[0]
+    others = [t for t in data_inputs(add) if t is not y]
+    if len(others) != 1 or is_constant(others[0]):
+        return None
+    shapes = [t.shape for t in (y, others[0], add.outputs[0])]
+    if None in shapes or any(list(shape) != list(shapes[0]) for shape in shapes):
+        return None
+    if not _has_same_sum(add, context) or _depends_on_later(others[0], node, graph):
+        return None
+    return Goal(add.outputs[0].name, knowledge(node).y_axis, others[0].name)
+
+
+def _has_same_sum(add: gs.Node, context: Context) -> bool:
+    """Whether the original has a sum of that name."""
+    assert context.original is not None
+    maker = _maker(add.outputs[0].name, context.original)
+    return maker is not None and knowledge(maker).adds
+
+
+def _maker(tensor: str, graph: gs.Graph) -> gs.Node | None:
+    return next((n for n in graph.nodes if any(t.name == tensor for t in n.outputs)), None)
+
+
+def _depends_on_later(tensor: gs.Tensor, node: gs.Node, graph: gs.Graph) -> bool:
+    """Whether a heavy node that comes behind `node` has a part in a tensor."""
+    order = {id(n): position for position, n in enumerate(graph.nodes)}
+    pending, seen = [tensor], set[int]()
+    while pending:
+        for maker in pending.pop().inputs:
+            if id(maker) in seen or id(maker) not in order:
+                continue
+            seen.add(id(maker))
+            is_later = order[id(maker)] > order[id(node)]
+            if is_later and knowledge(maker).role == "weighted":
+                return True
+            pending += [t for t in maker.inputs if not is_constant(t)]
+    return False

@@ -1,0 +1,193 @@
+"""Which sub-vectors a weight is cut into, and how many codewords they share.
+
+A weight of n numbers in rows of d gets the form, of those whose codes, books and scales take no
+more than `rate` bits a number, that would lose least if all took the same bytes. With D the error
+E / E(0) of a form and B its bytes, the nodes that unpack it included, that is the least
+
+    ln D + 2 ln 2 · 8 B / n
+
+for at high resolution a bit a number divides D by four. A form is a length s, which divides d, a
+number of codewords K, the most that fit, and whether rows have scales. Lengths that are rows of
+kernels, or whole kernels, often win: what lies there is not independent.
+
+Books are then integers of 8 bits: σ takes the step up, so that this costs K s bytes and no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxc.numerics.packing import bits_for
+from onnxc.numerics.refit import Sums, refit
+from onnxc.numerics.sparse import Quadratic
+from onnxc.numerics.subvectors import Vectors, descend, feed_forward, fit, measured
+from onnxc.numerics.vector_kmeans import kmeans
+
+Floats = NDArray[np.float64]
+
+STEPS = 127  # of a book on either side of 0
+LEAST = 1e-6  # of the mean scale: that of a row of zeros
+NARROW = 2.0**-14  # below it float16 has fewer digits
+SHARED = 2  # sub-vectors for each codeword, at least
+LEAST_RIDGE, TINY = 1e-4, 1e-6  # λ; of the mean of D, what an input counts at least
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight is put on codewords. length: s. count: K. books: M."""
+
+    length: int
+    count: int
+    books: int = 1
+    is_scaled: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return bits_for(self.count)
+
+    def size(self, rows: int, d: int) -> int:
+        """Bytes of the codes, books and scales of a weight."""
+        codes = -(-rows * (d // self.length) * self.books * self.bits // 8)
+        return codes + self.books * self.count * self.length + self.scales(rows)
+
+    def scales(self, rows: int) -> int:
+        """Bytes of its scales."""
+        return 2 * rows if self.is_scaled else 4
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What forms may be. rate: bits a number, 0 for no bound. bits: of a code, at most."""
+
+    rate: float = 2.0
+    bits: int = 8
+    books: int = 1
+
+
+def forms(rows: int, d: int, lengths: Iterable[int], bounds: Bounds) -> Iterator[Form]:
+    """The forms of a weight within bounds, of each length with and without scales the largest."""
+    for s in lengths:
+        for is_scaled in (False, True) if d % s == 0 else ():
+            found = _largest(rows, d, Form(s, 2, bounds.books, is_scaled), bounds)
+            if found is not None:
+                yield found
+
+
+def _largest(rows: int, d: int, form: Form, bounds: Bounds) -> Form | None:
+    """The form of the most codewords within bounds."""
+    most = min(1 << bounds.bits, rows * (d // form.length) // SHARED)
+    budget = bounds.rate * rows * d / 8 if bounds.rate else math.inf
+    for bits in range(bits_for(max(most, 1)), 0, -1):
+        left = budget - replace(form, count=1 << bits).size(rows, d)
+        spare = math.ceil(-left / (form.books * form.length)) if left < 0 else 0
+        count = min((1 << bits) - spare, most)
+        if count > 1 << bits >> 1:
+            return replace(form, count=count)
+    return None
+
+
+def choose(
+    W: Floats,
+    E: Quadratic,
+    tried: Sequence[Form],
+    overhead: Callable[[Form], int],
+    seed: int = 0,
+) -> tuple[Form, Vectors]:
+    """The form of the least score of the module's docstring, and where its fit starts.
+
+    W: (groups, outputs, d). overhead: bytes of the nodes that unpack a form.
+    """
+    rows, d, whole = W.shape[0] * W.shape[1], W.shape[2], max(E.error(W), 1e-300)
+    scored = []
+    for form in tried:
+        begun = start(W, E, form, seed)
+        lost = max(E.error(W - begun.weight) / whole, 1e-30)
+        bits = 8 * (form.size(rows, d) + overhead(form)) / W.size
+        scored.append((math.log(lost) + 2 * math.log(2) * bits, form, begun))
+    _, form, begun = min(scored, key=lambda found: found[0])
+    return form, begun
+
+
+def start(W: Floats, E: Quadratic, form: Form, seed: int = 0) -> Vectors:
+    """Books by k-means, each of what those before it leave, and codes fed forward."""
+    s, (groups, outputs, d) = form.length, W.shape
+    E = measured(E, groups, d, s)
+    sigma = np.sqrt(np.mean(W * W, axis=2))
+    level = max(float(np.sqrt(np.mean(W * W))), float(np.finfo(np.float32).tiny))
+    sigma = np.maximum(sigma, LEAST * level) if form.is_scaled else np.full_like(sigma, level)
+    power = E.diagonal[:, None] * (sigma * sigma)[..., None]
+    x, w = (W / sigma[..., None]).reshape(-1, s), power.reshape(-1, s)
+    w = w / max(float(w.mean()), 1e-300)
+    books = np.zeros((form.books, form.count, s))
+    for number in range(form.books):
+        found = kmeans(x, w, form.count, seed)
+        books[number, : len(found)] = found
+        if number + 1 < form.books:
+            x = x - _nearest_of(x, w, found)
+    codes = np.zeros((form.books, groups, outputs, d // s), np.intp)
+    return feed_forward(W, E, Vectors(books, codes, sigma))
+
+
+def _nearest_of(x: Floats, w: Floats, c: Floats) -> Floats:
+    """The codeword of each vector."""
+    costs = w @ (c * c).T - 2 * ((w * x) @ c.T)
+    return np.asarray(c[np.argmin(costs, axis=1)])
+
+
+def finish(W: Floats, E: Quadratic, begun: Vectors, is_scaled: bool) -> Vectors:
+    """The vectors fitted from a start, on books of integers and scales of half precision."""
+    E = measured(E, W.shape[0], W.shape[2], begun.length)
+    fine = snapped(fit(W, E, begun, is_scaled))
+    best = fit(W, E, fine, is_scaled, is_own=False)
+    best = replace(best, scale=halved(best.scale, is_scaled))
+    return descend(W, E, best)
+
+
+def snapped(v: Vectors) -> Vectors:
+    """The same with integers from −127 to 127 in the books; scales take the step up."""
+    step = max(float(np.abs(v.books).max(initial=0)) / STEPS, 1e-300)
+    return replace(v, books=np.rint(v.books / step), scale=v.scale * step)
+
+
+def halved(scale: Floats, is_scaled: bool) -> Floats:
+    """Scales as numbers of half precision where these are fine enough; else of single."""
+    is_half = is_scaled and scale.min() >= NARROW and scale.max() < np.finfo(np.float16).max
+    return np.asarray(scale.astype(np.float16 if is_half else np.float32), np.float64)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a layer is fitted to: W, (groups, outputs, d), in the metric E. x̄, t̄ of its rows."""
+
+    W: Floats
+    E: Quadratic
+    x: Floats
+    t: Floats
+
+    def bias(self, made: Floats) -> Floats:
+        """What makes the mean of the outputs right, (groups, outputs)."""
+        return np.asarray(self.t - np.einsum("god,gd->go", made, self.x))
+
+
+def goal(folds: Sequence[Sums], W: Floats, b: Floats, is_biased: bool) -> Goal | None:
+    """The best plain weight for what a layer gets and ought to give; None where nothing is known.
+
+    As `onnxc.numerics.recluster` has it: with λ of the best fit W*, the error of another weight is
+    tr (W* − Ŵ) (H + λD) (W* − Ŵ)ᵀ and a constant.
+    """
+    target = refit(folds, W, b, is_biased)
+    if not np.isfinite(target.ridge):
+        return None
+    m = (folds[0] + folds[1]).moments(is_biased)
+    D, peak = np.diagonal(m.H, axis1=1, axis2=2), np.abs(W).max()
+    least = TINY * max(float(D.mean()), np.finfo(float).tiny)
+    added = np.maximum(max(target.ridge, LEAST_RIDGE) * D, least)
+    H = m.H + added[:, None] * np.eye(m.H.shape[1])
+    best = np.clip(target.W, -peak, peak)  # beyond lies what next to nothing comes in for
+    return Goal(best, Quadratic((H,)), m.x, m.t)
