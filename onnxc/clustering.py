@@ -10,6 +10,7 @@ from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, WIDEST, least_opset
 from onnxc.core import Pass
 from onnxc.errors import OptionError
 from onnxc.numerics.sharing import Method
+from onnxc.vector_plan import planned
 from onnxc.workpiece import Workpiece
 from passes.cluster import Cluster
 from passes.cluster_vectors import METHODS, ClusterVectors, VectorMethod
@@ -43,7 +44,7 @@ class ClusterSettings:
 def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The one way, named by what is shared. Raises OptionError for settings that do not agree."""
     if settings.method in METHODS:
-        return _vectors(settings)
+        return _vectors(settings, piece)
     bits, is_float = settings.cluster.bits, settings.format == "float"
     cluster = settings.cluster if is_float else replace(settings.cluster, grid="int8")
     opset = NIBBLE_OPSET if bits == NIBBLE else max(map(least_opset, range(1, WIDEST + 1)))
@@ -53,11 +54,12 @@ def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass
     return {cluster.summary: (*first, *refit, *integers, StoreCodebooks())}
 
 
-def _vectors(settings: ClusterSettings) -> Mapping[str, tuple[Pass, ...]]:
+def _vectors(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The one way for vectors, which are stored as they are found."""
     if settings.format != "float":
         raise OptionError(
             f"--method {settings.method} makes float weights: leave --format {settings.format} out"
         )
     opset = max(map(least_opset, range(1, settings.vectors.bits + 1)))
-    return {settings.vectors.summary: (UpgradeOpset(opset), settings.vectors)}
+    vectors = planned(settings.vectors, piece, opset)
+    return {settings.vectors.summary: (UpgradeOpset(opset), vectors)}

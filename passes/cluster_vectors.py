@@ -81,9 +81,10 @@ class ClusterVectors:
 
     method: what is cut out of weights. rate: bits a weight that codes, codebooks and scales take at
     most; 0 for what bits and length take. bits: of a code, at most, 1 to 8. length: of sub-vectors;
-    0 for the one that loses least. books: of rq, how many codewords are summed. smallest: bytes
-    below which a weight is left alone. reconstruct: whether layers are fitted to the original's
-    outputs, one after the other, or each to what it gave by itself.
+    0 for the one that loses least. books: of rq, how many codewords are summed. forms: of some
+    layers in place of all that, as NODE=LENGTHxCOUNT, with an s behind it for a scale of each row.
+    smallest: bytes below which a weight is left alone. reconstruct: whether layers are fitted to
+    the original's outputs, one after the other, or each to what it gave by itself.
     """
 
     name: ClassVar[str] = "cluster-vectors"
@@ -94,6 +95,7 @@ class ClusterVectors:
     bits: int = 8
     length: int = 0
     books: int = 2
+    forms: tuple[str, ...] = ()
     smallest: int = 1024
     reconstruct: bool = True
 
@@ -108,6 +110,7 @@ class ClusterVectors:
             raise OptionError(f"books to be summed are 2 to 8, not {self.books}")
         if self.length and self.method in ("kernels", "filters"):
             raise OptionError(f"length goes with pq and rq; {self.method} have their own")
+        self.given  # noqa: B018 - raises where an entry cannot be read
 
     @property
     def summary(self) -> str:
@@ -128,8 +131,11 @@ class ClusterVectors:
         """One step a layer, in the order of first nodes."""
         books = Codewords(graph, context.opset)
         yield LeaveOut(tuple(outside(graph, "clustered")))
-        for layer in layers(graph, context.only.names(graph), everything=True):
-            yield ClusterLayer(self, layer, books, context.seed)
+        found = layers(graph, context.only.names(graph), everything=True)
+        sizes = [layer.size for layer in found if not self.obstacle(layer)]
+        typical = sum(sizes) / max(len(sizes), 1)
+        for layer in found:
+            yield ClusterLayer(self, layer, books, typical, context.seed)
 
     def obstacle(self, layer: Layer) -> str:
         """Why a weight stays as it is; empty if it need not."""
@@ -142,11 +148,33 @@ class ClusterVectors:
             return "its zeros would not stay: sparse weights share values, as by --method dp"
         return ""
 
-    def forms(self, layer: Layer, rows: int, d: int, opset: int) -> list[Form]:
-        """The forms to try for a layer."""
+    def lengths(self, layer: Layer, d: int) -> Sequence[int]:
+        """Of sub-vectors that a layer of rows of d may be cut into."""
         lengths = (self.length,) if self.length else METHODS[self.method](layer, d)
-        bounds = Bounds(self.rate, self.bits, self.books if self.method == "rq" else 1)
-        found = vector_fit.forms(rows, d, lengths, bounds)
+        return [s for s in lengths if d % s == 0]
+
+    @property
+    def sums(self) -> int:
+        """Codewords for each sub-vector."""
+        return self.books if self.method == "rq" else 1
+
+    @property
+    def given(self) -> dict[str, Form]:
+        """Forms by node. Raises OptionError for an entry that cannot be read."""
+        pairs = [entry.rpartition("=") for entry in self.forms]
+        try:
+            return {name: Form.read(text, self.sums) for name, _, text in pairs}
+        except ValueError as error:
+            raise OptionError(f"{error}: write NODE=9x64") from error
+
+    def tried(self, layer: Layer, rows: int, d: int, opset: int) -> list[Form]:
+        """The forms to try for a layer."""
+        given = self.given.get(layer.nodes[0].name)
+        if given is not None:
+            found = [given] if d % given.length == 0 else []
+        else:
+            bounds = Bounds(self.rate, self.bits, self.sums)
+            found = list(vector_fit.forms(rows, d, self.lengths(layer, d), bounds))
         return [form for form in found if least_opset(form.bits) <= opset]
 
 
@@ -177,7 +205,7 @@ class Made:
     def told(self) -> str:
         """What it is, in a few words."""
         form = self.form
-        several = f" of {form.books} books" if form.books > 1 else ""
+        several = f" in each of {form.books} books" if form.books > 1 else ""
         scales = ", rows scaled" if form.is_scaled else ""
         cut = f"{form.count} codewords{several} of length {form.length}{scales}"
         return f"{cut}, {100 * self.lost:.2g} % of its output lost"
@@ -185,11 +213,12 @@ class Made:
 
 @dataclass(frozen=True)
 class ClusterLayer:
-    """Put one layer on codewords, as a whole pass wants it."""
+    """Put one layer on codewords, as a whole pass wants it. typical: weights of a layer."""
 
     whole: ClusterVectors
     layer: Layer
     books: Codewords
+    typical: float
     seed: int
     name: ClassVar[str] = "cluster-layer"
     lossless: ClassVar[bool] = False
@@ -255,12 +284,12 @@ class ClusterLayer:
         opset, whole = self.books.opset, self.whole
         tried = [
             form
-            for form in whole.forms(self.layer, rows, d, opset)
+            for form in whole.tried(self.layer, rows, d, opset)
             if all(C.shape[1] % form.length == 0 for C in E.blocks)
         ]
         if not tried:
             return None
-        form, begun = vector_fit.choose(W, E, tried, self._overhead, self.seed)
+        form, begun = vector_fit.choose(W, E, tried, self._overhead, self.typical, self.seed)
         found = vector_fit.finish(W, E, begun, form.is_scaled)
         return Made(form, found, E.error(W - found.weight) / max(E.error(W), 1e-300))
 

@@ -4,10 +4,11 @@ A weight of n numbers in rows of d gets the form, of those whose codes, books an
 more than `rate` bits a number, that would lose least if all took the same bytes. With D the error
 E / E(0) of a form and B its bytes, the nodes that unpack it included, that is the least
 
-    ln D + 2 ln 2 · 8 B / n
+    ln D + 2 ln 2 · 8 B / max(n, n̄)
 
-for at high resolution a bit a number divides D by four. A form is a length s, which divides d, a
-number of codewords K, the most that fit, and whether rows have scales. Lengths that are rows of
+for at high resolution a bit a number divides D by four; n̄ are the numbers of a layer on average,
+for a byte in a small layer is worth no less than elsewhere. A form is a length s, which divides d,
+a number of codewords K, the most that fit, and whether rows have scales. Lengths that are rows of
 kernels, or whole kernels, often win: what lies there is not independent.
 
 Books are then integers of 8 bits: σ takes the step up, so that this costs K s bytes and no more.
@@ -16,6 +17,7 @@ Books are then integers of 8 bits: σ takes the step up, so that this costs K s 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,6 +52,17 @@ class Form:
     def bits(self) -> int:
         """Of a code."""
         return bits_for(self.count)
+
+    def __str__(self) -> str:
+        return f"{self.length}x{self.count}" + "s" * self.is_scaled
+
+    @classmethod
+    def read(cls, text: str, books: int = 1) -> Form:
+        """LENGTHxCOUNT, with an s behind it where rows are scaled. Raises ValueError."""
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(s?)", text)
+        if found is None or not 2 <= int(found[2]) <= 256:
+            raise ValueError(f"forms are LENGTHxCOUNT of 2 to 256 codewords, not {text!r}")
+        return cls(int(found[1]), int(found[2]), books, bool(found[3]))
 
     def size(self, rows: int, d: int) -> int:
         """Bytes of the codes, books and scales of a weight."""
@@ -97,18 +110,19 @@ def choose(
     E: Quadratic,
     tried: Sequence[Form],
     overhead: Callable[[Form], int],
+    typical: float = 0.0,
     seed: int = 0,
 ) -> tuple[Form, Vectors]:
     """The form of the least score of the module's docstring, and where its fit starts.
 
-    W: (groups, outputs, d). overhead: bytes of the nodes that unpack a form.
+    W: (groups, outputs, d). overhead: bytes of the nodes that unpack a form. typical: n̄.
     """
     rows, d, whole = W.shape[0] * W.shape[1], W.shape[2], max(E.error(W), 1e-300)
     scored = []
     for form in tried:
         begun = start(W, E, form, seed)
         lost = max(E.error(W - begun.weight) / whole, 1e-30)
-        bits = 8 * (form.size(rows, d) + overhead(form)) / W.size
+        bits = 8 * (form.size(rows, d) + overhead(form)) / max(W.size, typical)
         scored.append((math.log(lost) + 2 * math.log(2) * bits, form, begun))
     _, form, begun = min(scored, key=lambda found: found[0])
     return form, begun

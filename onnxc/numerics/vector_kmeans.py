@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-STEPS, SETTLED = 30, 1e-3  # of Lloyd; a gain in D that ends them
-MOST = 128  # vectors for each codeword that are looked at
+STEPS, SETTLED = 16, 3e-3  # of Lloyd; a gain in D that ends them
+MOST, FEWEST = 32, 4096  # vectors that are looked at: for each codeword, and at least
 
 
 def kmeans(x: Floats, w: Floats, count: int, seed: int = 0) -> Floats:
     """Codewords (count, s) of vectors x (n, s) with weights w (n, s); fewer where x has fewer."""
     rng = np.random.default_rng(seed)
-    if len(x) > MOST * count:
-        chosen = rng.choice(len(x), MOST * count, replace=False)
+    most = max(MOST * count, FEWEST)
+    if len(x) > most:
+        chosen = rng.choice(len(x), most, replace=False)
         x, w = x[chosen], w[chosen]
     distinct = np.unique(x, axis=0)
     if len(distinct) <= count:
