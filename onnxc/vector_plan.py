@@ -21,7 +21,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.codebooks import OVERHEAD, least_opset
+from onnxc.codebooks import OVERHEAD
 from onnxc.codewords import overhead
 from onnxc.core import Change, Context, Key, Skip
 from onnxc.damage import Judge, outputs
@@ -29,7 +29,7 @@ from onnxc.graph import is_spilling
 from onnxc.matrices import Layer, error, layers, put
 from onnxc.numerics.choices import choose
 from onnxc.numerics.sparse import Quadratic
-from onnxc.numerics.vector_fit import Form, start
+from onnxc.numerics.vector_fit import SHARED, Form, start
 from onnxc.pipeline import PREPARED, gather
 from onnxc.workpiece import Workpiece
 from passes.cluster_vectors import ClusterVectors
@@ -118,13 +118,10 @@ class Plan:
     def _bits(self, W: Array, s: int) -> list[int]:
         """Widths of codes to try with sub-vectors of length s."""
         rate, sums = self.vectors.rate, self.vectors.sums
-        known = range(1, self.vectors.bits + 1)
         return [
             b
-            for b in known
-            if 1 / SPREAD <= b * sums / s / rate <= SPREAD
-            and 1 << b <= W.size // s // 2
-            and least_opset(b) <= self.opset
+            for b in self.vectors.widths(self.opset)
+            if 1 / SPREAD <= b * sums / s / rate <= SPREAD and 1 << b <= W.size // s // SHARED
         ]
 
     def _form(self, W: Array, s: int, bits: int) -> Form:

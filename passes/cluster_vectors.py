@@ -171,11 +171,13 @@ class ClusterVectors:
         """The forms to try for a layer."""
         given = self.given.get(layer.nodes[0].name)
         if given is not None:
-            found = [given] if d % given.length == 0 else []
-        else:
-            bounds = Bounds(self.rate, self.bits, self.sums)
-            found = list(vector_fit.forms(rows, d, self.lengths(layer, d), bounds))
-        return [form for form in found if least_opset(form.bits) <= opset]
+            return [given] if d % given.length == 0 and given.bits in self.widths(opset) else []
+        bounds = Bounds(self.rate, self.widths(opset), self.sums)
+        return list(vector_fit.forms(rows, d, self.lengths(layer, d), bounds))
+
+    def widths(self, opset: int) -> tuple[int, ...]:
+        """Bits that codes may have."""
+        return tuple(b for b in range(1, self.bits + 1) if least_opset(b) <= opset)
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What forms may be. rate: bits a number, 0 for no bound. bits: of a code, at most."""
+    """What forms may be. rate: bits a number, 0 for no bound. widths: bits of a code."""
 
     rate: float = 2.0
-    bits: int = 8
+    widths: tuple[int, ...] = tuple(range(1, 9))
     books: int = 1
 
 
@@ -94,9 +94,9 @@ def forms(rows: int, d: int, lengths: Iterable[int], bounds: Bounds) -> Iterator
 
 def _largest(rows: int, d: int, form: Form, bounds: Bounds) -> Form | None:
     """The form of the most codewords within bounds."""
-    most = min(1 << bounds.bits, rows * (d // form.length) // SHARED)
+    most = rows * (d // form.length) // SHARED
     budget = bounds.rate * rows * d / 8 if bounds.rate else math.inf
-    for bits in range(bits_for(max(most, 1)), 0, -1):
+    for bits in sorted(bounds.widths, reverse=True):
         left = budget - replace(form, count=1 << bits).size(rows, d)
         spare = math.ceil(-left / (form.books * form.length)) if left < 0 else 0
         count = min((1 << bits) - spare, most)
