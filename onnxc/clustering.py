@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, WIDEST, least_opset
@@ -19,14 +19,17 @@ from passes.reconstruct import Reconstruct
 from passes.store_codebooks import StoreCodebooks
 from passes.upgrade_opset import UpgradeOpset
 
+ONLY_VALUES = ("init", "refine", "price", "grid")  # settings that say nothing to vectors
+ONLY_VECTORS = ("rate", "length", "books", "forms")
+
 
 @dataclass(frozen=True)
 class ClusterSettings:
     """How weights share values; the options of `onnxc cluster` besides data, target and nodes.
 
     method: what finds the values that weights share; pq, rq, kernels and filters find vectors.
-    format: the model computes in float, or in integers with codebooks of int8 values. reconstruct:
-    whether layers are refit to the original's outputs, one after the other.
+    format: the model computes in float, or in integers with codebooks of int8 values.
+    reconstruct: whether layers are refit to the original's outputs, one after the other.
     """
 
     cluster: Cluster = field(default_factory=Cluster)
@@ -45,6 +48,7 @@ def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass
     """The one way, named by what is shared. Raises OptionError for settings that do not agree."""
     if settings.method in METHODS:
         return _vectors(settings, piece)
+    _refuse(settings.vectors, ONLY_VECTORS, settings.method)
     bits, is_float = settings.cluster.bits, settings.format == "float"
     cluster = settings.cluster if is_float else replace(settings.cluster, grid="int8")
     opset = NIBBLE_OPSET if bits == NIBBLE else max(map(least_opset, range(1, WIDEST + 1)))
@@ -60,6 +64,15 @@ def _vectors(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[
         raise OptionError(
             f"--method {settings.method} makes float weights: leave --format {settings.format} out"
         )
+    _refuse(settings.cluster, ONLY_VALUES, settings.method)
     opset = max(map(least_opset, range(1, settings.vectors.bits + 1)))
     vectors = planned(settings.vectors, piece, opset)
     return {settings.vectors.summary: (UpgradeOpset(opset), vectors)}
+
+
+def _refuse(given: Cluster | ClusterVectors, names: Sequence[str], method: str) -> None:
+    """Raise OptionError for settings that say nothing to a method."""
+    usual = {spec.name: spec.default for spec in fields(given)}
+    odd = next((name for name in names if getattr(given, name) != usual[name]), None)
+    if odd is not None:
+        raise OptionError(f"{odd} does not go with --method {method}: leave one of them out")

@@ -49,6 +49,13 @@ class Layer:
     unmeasured: str = ""
 
     @property
+    def name(self) -> str:
+        """Its first node, with the position of what is not the weight of its input."""
+        first = self.nodes[0]
+        is_main = knowledge(first).weight == self.position
+        return str(first.name) if is_main else f"{first.name}:{self.position}"
+
+    @property
     def size(self) -> int:
         return prod(self.weight.shape)
 

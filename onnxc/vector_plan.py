@@ -55,7 +55,7 @@ class Option:
 class Placed:
     """Put a weight on codewords in place of one layer, to be judged."""
 
-    node: str
+    layer: str
     weight: Array
     name: ClassVar[str] = "placed"
     lossless: ClassVar[bool] = False
@@ -65,13 +65,8 @@ class Placed:
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         found = layers(graph, context.only.names(graph), everything=True)
-        layer = next(layer for layer in found if name_of(layer) == self.node)
+        layer = next(layer for layer in found if layer.name == self.layer)
         return list(put(graph, layer, self.weight, context, "tried", "tried"))
-
-
-def name_of(layer: Layer) -> str:
-    """What a layer goes by."""
-    return f"{layer.nodes[0].name}:{layer.position}"
 
 
 def planned(vectors: ClusterVectors, piece: Workpiece, opset: int) -> ClusterVectors:
@@ -92,7 +87,7 @@ def planned(vectors: ClusterVectors, piece: Workpiece, opset: int) -> ClusterVec
         options.append(plan.options(layer))
     pairs = [(layer, some) for layer, some in zip(free, options, strict=True) if some]
     forms = plan.chosen(pairs)
-    return replace(vectors, forms=tuple(f"{node}={form}" for node, form in forms.items()))
+    return replace(vectors, forms=tuple(f"{name}={form}" for name, form in forms.items()))
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,7 @@ class Plan:
         return Option(form, size, math.exp(log))
 
     def chosen(self, pairs: Sequence[tuple[Layer, list[Option]]]) -> dict[str, Form]:
-        """The form of each layer, by its first node."""
+        """The form of each layer, by its name."""
         numbers = sum(layer.size for layer, _ in pairs)
         budget = self.vectors.rate * numbers / 8 + len(pairs) * OVERHEAD[False]
         gains = self._gains(pairs)
@@ -151,7 +146,7 @@ class Plan:
         ]
         picked = choose(costs, losses, budget)
         each = zip(pairs, picked, strict=True)
-        return {layer.nodes[0].name: some[index].form for (layer, some), index in each}
+        return {layer.name: some[index].form for (layer, some), index in each}
 
     def _gains(self, pairs: Sequence[tuple[Layer, list[Option]]]) -> list[float]:
         """g of each layer."""
@@ -170,5 +165,5 @@ class Plan:
         middle = sorted(some, key=lambda option: option.lost)[len(some) // 2].form
         made = start(W, E, middle, self.piece.context.seed).weight
         lost = E.error(W - made) / max(E.error(W), 1e-300)
-        damage = judge.damage(Placed(name_of(layer), made), self.piece.context.stats)
+        damage = judge.damage(Placed(layer.name, made), self.piece.context.stats)
         return min(damage / max(lost, FEW), MOST)

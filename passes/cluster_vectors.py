@@ -79,12 +79,17 @@ METHODS: dict[str, Callable[[Layer, int], Sequence[int]]] = {
 class ClusterVectors:
     """Let the weights of each layer share few vectors.
 
-    method: what is cut out of weights. rate: bits a weight that codes, codebooks and scales take at
-    most; 0 for what bits and length take. bits: of a code, at most, 1 to 8. length: of sub-vectors;
-    0 for the one that loses least. books: of rq, how many codewords are summed. forms: of some
-    layers in place of all that, as NODE=LENGTHxCOUNT, with an s behind it for a scale of each row.
-    smallest: bytes below which a weight is left alone. reconstruct: whether layers are fitted to
-    the original's outputs, one after the other, or each to what it gave by itself.
+    method: what is cut out of weights.
+    rate: of vectors, bits a weight that codes, codebooks and scales take at most; 0 for what bits
+    and length take.
+    bits: of a code, at most, 1 to 8.
+    length: of sub-vectors; 0 for the one of each layer that loses least.
+    books: of rq, how many codewords are summed.
+    forms: vectors of some layers in place of all that, as NODE=LENGTHxCOUNT, with an s behind it
+    for a scale of each row.
+    smallest: bytes below which a weight is left alone.
+    reconstruct: whether layers are fitted to the original's outputs, one after the other, or each
+    to what it gives by itself.
     """
 
     name: ClassVar[str] = "cluster-vectors"
@@ -160,7 +165,7 @@ class ClusterVectors:
 
     @property
     def given(self) -> dict[str, Form]:
-        """Forms by node. Raises OptionError for an entry that cannot be read."""
+        """Forms by layer. Raises OptionError for an entry that cannot be read."""
         pairs = [entry.rpartition("=") for entry in self.forms]
         try:
             return {name: Form.read(text, self.sums) for name, _, text in pairs}
@@ -169,9 +174,11 @@ class ClusterVectors:
 
     def tried(self, layer: Layer, rows: int, d: int, opset: int) -> list[Form]:
         """The forms to try for a layer."""
-        given = self.given.get(layer.nodes[0].name)
-        if given is not None:
-            return [given] if d % given.length == 0 and given.bits in self.widths(opset) else []
+        given = self.given.get(layer.name)
+        if given is not None and d % given.length:
+            return []
+        if given is not None and given.bits in self.widths(opset):
+            return [given]
         bounds = Bounds(self.rate, self.widths(opset), self.sums)
         return list(vector_fit.forms(rows, d, self.lengths(layer, d), bounds))
 

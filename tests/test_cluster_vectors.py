@@ -153,6 +153,17 @@ def test_forms_can_be_given() -> None:
     assert "5 codewords of length 4, rows scaled" in step.changes[0].what
     _, step = apply(proto, ClusterVectors(forms=("layer=5x5",), smallest=0), feed)
     assert not step.changes and "no room" in step.skips[0].reason
+    old = LAYERS["Gemm"][0]  # of opset 13, which does not unpack 3 bits
+    _, step = apply(old, ClusterVectors(forms=("layer=4x5",), rate=4, smallest=0), feed)
+    assert "16 codewords" in step.changes[0].what or "4 codewords" in step.changes[0].what
+
+
+def test_both_weights_of_a_recurrent_node_have_their_forms() -> None:
+    proto, feed = upgraded(LAYERS["GRU"][0]), LAYERS["GRU"][1]
+    forms = ("layer=4x8", "layer:2=3x6")
+    _, step = apply(proto, ClusterVectors(forms=forms, smallest=0), feed)
+    found = [change.what.split(",")[0] for change in step.changes]
+    assert found == ["8 codewords of length 4", "6 codewords of length 3"]
 
 
 def test_what_stays_is_told() -> None:
