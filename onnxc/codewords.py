@@ -27,6 +27,7 @@ from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, OVERHEAD, WIDEST, Books
 from onnxc.graph import nbytes
 from onnxc.numerics.packing import layout
 from onnxc.numerics.subvectors import Vectors
+from onnxc.numerics.vector_fit import Form
 
 Array = NDArray[Any]
 
@@ -34,11 +35,13 @@ FLOAT = 1  # ONNX number of float32
 NODE = 60  # bytes of a node in a file, about
 
 
-def overhead(bits: int, books: int, is_scaled: bool, is_turned: bool, opset: int) -> int:
+def overhead(form: Form, is_turned: bool, opset: int) -> int:
     """Bytes of the nodes that make a weight of codes."""
-    is_whole = bits == WIDEST or (bits == NIBBLE and opset >= NIBBLE_OPSET)
-    codes = 2 * NODE if is_whole else OVERHEAD[not layout(bits).is_simple]
-    return books * (codes + 2 * NODE) + (2 + is_scaled + 2 * is_turned) * NODE
+    is_whole = form.bits == WIDEST or (form.bits == NIBBLE and opset >= NIBBLE_OPSET)
+    codes = 2 * NODE if is_whole else OVERHEAD[not layout(form.bits).is_simple]
+    if form.is_plain:
+        return codes
+    return form.books * (codes + 2 * NODE) + (2 + form.is_scaled + 2 * is_turned) * NODE
 
 
 @dataclass

@@ -130,8 +130,7 @@ class Plan:
 
     def _option(self, layer: Layer, W: Array, s: int, bits: int, log: float) -> Option:
         form, rows = self._form(W, s, bits), W.shape[0] * W.shape[1]
-        how = (form.is_scaled, layer.is_turned, self.opset)
-        size = form.size(rows, W.shape[2]) + overhead(bits, form.books, *how)
+        size = form.size(rows, W.shape[2]) + overhead(form, layer.is_turned, self.opset)
         return Option(form, size, math.exp(log))
 
     def chosen(self, pairs: Sequence[tuple[Layer, list[Option]]]) -> dict[str, Form]:

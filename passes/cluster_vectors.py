@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
@@ -303,14 +304,17 @@ class ClusterLayer:
         return Made(form, found, E.error(W - found.weight) / max(E.error(W), 1e-300))
 
     def _overhead(self, form: Form) -> int:
-        how = (form.is_scaled, self.layer.is_turned, self.books.opset)
-        return overhead(form.bits, form.books, *how)
+        return overhead(form, self.layer.is_turned, self.books.opset)
 
     def _write(self, graph: gs.Graph, made: Made) -> int:
         """Put the nodes in place that make the weight; bytes stored."""
-        node, position = self.layer.nodes[0], self.layer.position
-        weight = node.inputs[position]
-        return self.books.put(weight, made.found, made.form.bits, self.layer.is_turned)
+        layer, form, found = self.layer, made.form, made.found
+        weight = layer.nodes[0].inputs[layer.position]
+        if not form.is_plain:
+            return self.books.put(weight, found, form.bits, layer.is_turned)
+        levels = (found.books[0, :, 0] * found.scale.flat[0]).astype(weight.dtype)
+        codes = layer.shaped(found.codes[0]).astype(np.intp)
+        return self.books.write(weight, levels, codes, form.bits)
 
     def _skips(self, reason: str) -> list[Change | Skip]:
         return [Skip(node.name, f"not clustered: {reason}") for node in self.layer.nodes]

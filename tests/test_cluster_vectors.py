@@ -11,7 +11,7 @@ import onnx
 import pytest
 from quantizing import Feed, apply, decibels, kernels
 from test_clustering import LAYERS
-from texts import bind, changed, context, normal, outputs, reasons
+from texts import bind, changed, context, normal, ops, outputs, reasons
 
 from onnxc.codewords import Codewords, overhead
 from onnxc.core import Change
@@ -19,6 +19,7 @@ from onnxc.errors import OptionError
 from onnxc.graph import Model, constant, load, nbytes, to_bytes, values
 from onnxc.matrices import Layer, layers
 from onnxc.numerics.subvectors import Vectors
+from onnxc.numerics.vector_fit import Form
 from onnxc.ops import knowledge
 from onnxc.pipeline import prepare
 from passes.cluster import Cluster
@@ -99,7 +100,8 @@ def test_nodes_take_about_what_is_counted_for_them() -> None:
         found = random_vectors(layer, bits, books, is_scaled)
         stored = Codewords(model.graph, 18).put(layer.weight, found, bits, layer.is_turned)
         nodes = len(to_bytes(model)) - before + size - stored
-        assert overhead(bits, books, is_scaled, True, 18) == pytest.approx(nodes, rel=0.4)
+        form = Form(2, 1 << bits, books, is_scaled)
+        assert overhead(form, True, 18) == pytest.approx(nodes, rel=0.4)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -112,6 +114,18 @@ def test_every_kind_of_layer_shares_vectors(kind: str, method: Any) -> None:
     assert len(step.skips) == (kind == "GRU")  # 3 states are not cut in twos
     assert kernels(model) == kernels(load(proto))
     assert decibels(proto, model, feed) > 3
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_single_values_are_stored_as_such(kind: str) -> None:
+    proto, feed = upgraded(LAYERS[kind][0]), LAYERS[kind][1]
+    asked = ClusterVectors(rate=0, length=1, bits=5, smallest=0)
+    found = replace(asked, forms=("layer=1x32",))
+    model, step = apply(proto, found, feed)
+    assert "32 codewords of length 1," in step.changes[0].what
+    assert "Mul" not in ops(model) or kind == "GRU"
+    assert kernels(model) == kernels(load(proto))
+    assert decibels(proto, model, feed) > 20
 
 
 @pytest.mark.parametrize("kind", LINEAR)

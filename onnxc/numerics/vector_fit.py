@@ -12,6 +12,7 @@ a number of codewords K, the most that fit, and whether rows have scales. Length
 kernels, or whole kernels, often win: what lies there is not independent.
 
 Books are then integers of 8 bits: σ takes the step up, so that this costs K s bytes and no more.
+Single values without scales are stored as floats, which takes fewer nodes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from onnxc.numerics.vector_kmeans import kmeans
 
 Floats = NDArray[np.float64]
 
+FLOAT = 4  # bytes
 STEPS = 127  # of a book on either side of 0
 LEAST = 1e-6  # of the mean scale: that of a row of zeros
 NARROW = 2.0**-14  # below it float16 has fewer digits
@@ -47,6 +49,11 @@ class Form:
     count: int
     books: int = 1
     is_scaled: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a codebook of single values, which are stored as floats."""
+        return self.length == 1 and self.books == 1 and not self.is_scaled
 
     @property
     def bits(self) -> int:
@@ -67,11 +74,10 @@ class Form:
     def size(self, rows: int, d: int) -> int:
         """Bytes of the codes, books and scales of a weight."""
         codes = -(-rows * (d // self.length) * self.books * self.bits // 8)
-        return codes + self.books * self.count * self.length + self.scales(rows)
-
-    def scales(self, rows: int) -> int:
-        """Bytes of its scales."""
-        return 2 * rows if self.is_scaled else 4
+        if self.is_plain:
+            return codes + FLOAT * self.count
+        scales = 2 * rows if self.is_scaled else FLOAT
+        return codes + self.books * self.count * self.length + scales
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ def _largest(rows: int, d: int, form: Form, bounds: Bounds) -> Form | None:
     budget = bounds.rate * rows * d / 8 if bounds.rate else math.inf
     for bits in sorted(bounds.widths, reverse=True):
         left = budget - replace(form, count=1 << bits).size(rows, d)
-        spare = math.ceil(-left / (form.books * form.length)) if left < 0 else 0
+        each = FLOAT if form.is_plain else form.books * form.length
+        spare = math.ceil(-left / each) if left < 0 else 0
         count = min((1 << bits) - spare, most)
         if count > 1 << bits >> 1:
             return replace(form, count=count)
