@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, WIDEST, least_opset
 from onnxc.core import Pass
+from onnxc.errors import OptionError
+from onnxc.numerics.sharing import Method
+from onnxc.vector_plan import planned
 from onnxc.workpiece import Workpiece
 from passes.cluster import Cluster
+from passes.cluster_vectors import METHODS, ClusterVectors, VectorMethod
 from passes.quantize import Quantize
 from passes.store_codebooks import StoreCodebooks
 from passes.upgrade_opset import UpgradeOpset
+
+ONLY_VALUES = ("init", "refine", "gains", "price", "grid")  # settings that say nothing to vectors
+ONLY_VECTORS = ("rate", "length", "books", "forms")
 
 
 @dataclass(frozen=True)
 class ClusterSettings:
     """How weights share values; the options of `onnxc cluster` besides data, target and nodes.
 
+    method: what finds the values that weights share; pq, rq, kernels and filters find vectors.
     format: the model computes in float, or in integers with codebooks of int8 values.
     """
 
     cluster: Cluster = field(default_factory=Cluster)
+    vectors: ClusterVectors = field(default_factory=ClusterVectors)
+    method: Method | VectorMethod = "dp"
     format: Literal["float", "int8-codebook"] = "float"
 
     @property
@@ -32,10 +42,33 @@ class ClusterSettings:
 
 
 def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
-    """The one way, named by what is shared."""
+    """The one way, named by what is shared. Raises OptionError for settings that do not agree."""
+    if settings.method in METHODS:
+        return _vectors(settings, piece)
+    _refuse(settings.vectors, ONLY_VECTORS, settings.method)
     bits, is_float = settings.cluster.bits, settings.format == "float"
     cluster = settings.cluster if is_float else replace(settings.cluster, grid="int8")
     opset = NIBBLE_OPSET if bits == NIBBLE else max(map(least_opset, range(1, WIDEST + 1)))
     integers: tuple[Pass, ...] = () if is_float else (Quantize(per_tensor=True),)
     first: tuple[Pass, ...] = (UpgradeOpset(opset), cluster)
     return {cluster.summary: (*first, *integers, StoreCodebooks())}
+
+
+def _vectors(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
+    """The one way for vectors, which are stored as they are found."""
+    if settings.format != "float":
+        raise OptionError(
+            f"--method {settings.method} makes float weights: leave --format {settings.format} out"
+        )
+    _refuse(settings.cluster, ONLY_VALUES, settings.method)
+    opset = max(map(least_opset, range(1, settings.vectors.bits + 1)))
+    vectors = planned(settings.vectors, piece, opset)
+    return {settings.vectors.summary: (UpgradeOpset(opset), vectors)}
+
+
+def _refuse(given: Cluster | ClusterVectors, names: Sequence[str], method: str) -> None:
+    """Raise OptionError for settings that say nothing to a method."""
+    usual = {spec.name: spec.default for spec in fields(given)}
+    odd = next((name for name in names if getattr(given, name) != usual[name]), None)
+    if odd is not None:
+        raise OptionError(f"{odd} does not go with --method {method}: leave one of them out")

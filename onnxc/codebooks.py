@@ -69,17 +69,27 @@ class Books:
         """
         self.number += 1
         book = self._keep("levels", levels)
-        if bits == WIDEST or (bits == NIBBLE and self.opset >= NIBBLE_OPSET):
-            kind = np.dtype(np.uint8) if bits == WIDEST else np.dtype(ml_dtypes.uint4)
-            kept = self._keep("codes", codes.astype(np.uint8).astype(kind))
-            nodes = self._look_up(book, kept)
-        else:
-            kept = self._keep("codes", pack(codes, bits))
-            nodes = self._unpack(kept, bits)
-            nodes += self._look_up(book, nodes[-1].outputs[0])
-            nodes += self._reshape(tensor, nodes[-1].outputs[0], bits)
+        nodes, kept = self._picked(book, codes, bits)
+        if not self.is_whole(bits):
+            nodes += self._reshape(tensor.shape, nodes[-1].outputs[0], codes.size, bits)
         self._replace(tensor, nodes)
         return nbytes(book) + nbytes(kept)
+
+    def is_whole(self, bits: int) -> bool:
+        """Whether codes of this width are stored in a type of ONNX, in the shape that they have."""
+        return bits == WIDEST or (bits == NIBBLE and self.opset >= NIBBLE_OPSET)
+
+    def _picked(
+        self, book: gs.Constant, codes: NDArray[Any], bits: int
+    ) -> tuple[list[gs.Node], gs.Constant]:
+        """The nodes that give rows of a book by codes, and the codes as they are stored."""
+        if self.is_whole(bits):
+            kind = np.dtype(np.uint8) if bits == WIDEST else np.dtype(ml_dtypes.uint4)
+            kept = self._keep("codes", codes.astype(np.uint8).astype(kind))
+            return self._look_up(book, kept), kept
+        kept = self._keep("codes", pack(codes, bits))
+        nodes = self._unpack(kept, bits)
+        return nodes + self._look_up(book, nodes[-1].outputs[0]), kept
 
     def _unpack(self, packed: gs.Constant, bits: int) -> list[gs.Node]:
         """Codes as bytes, (groups, count)."""
@@ -114,16 +124,15 @@ class Books:
         cast = self._node("Cast", [codes], to=INT32)
         return [cast, self._node("Gather", [book, cast.outputs[0]])]
 
-    def _reshape(self, tensor: gs.Constant, found: gs.Tensor, bits: int) -> list[gs.Node]:
-        """To the shape of the constant, without what the last group is filled up with."""
-        size, count = int(np.prod(tensor.shape)), layout(bits).count
+    def _reshape(self, shape: Any, found: gs.Tensor, count: int, bits: int) -> list[gs.Node]:
+        """To a shape, without what the last group of so many codes is filled up with."""
         nodes: list[gs.Node] = []
-        if size % count:
+        if count % layout(bits).count:
             flat = self._node("Reshape", [found, self._numbers([-1])])
-            ends = [self._numbers([0]), self._numbers([size])]
+            ends = [self._numbers([0]), self._numbers([int(np.prod(shape))])]
             nodes = [flat, self._node("Slice", [flat.outputs[0], *ends])]
             found = nodes[-1].outputs[0]
-        return [*nodes, self._node("Reshape", [found, self._numbers(tensor.shape)])]
+        return [*nodes, self._node("Reshape", [found, self._numbers(shape)])]
 
     def _numbers(self, numbers: Any) -> gs.Constant:
         """A vector of int64, once for each content."""

@@ -11,10 +11,10 @@ Weights that several nodes share are one layer, whose error is the mean over the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -49,6 +49,13 @@ class Layer:
     unmeasured: str = ""
 
     @property
+    def name(self) -> str:
+        """Its first node, with the position of what is not the weight of its input."""
+        first = self.nodes[0]
+        is_main = knowledge(first).weight == self.position
+        return str(first.name) if is_main else f"{first.name}:{self.position}"
+
+    @property
     def size(self) -> int:
         return prod(self.weight.shape)
 
@@ -60,6 +67,12 @@ class Layer:
     def is_linear(self) -> bool:
         """Whether the axes of its outputs and inputs are known."""
         return knowledge(self.nodes[0]).out_axis is not None and not self.unmeasured
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the rows of the matrix lie across the axes of the weight."""
+        axis = knowledge(self.nodes[0]).out_axis
+        return self.is_linear and axis is not None and axis(self.nodes[0]) != 0
 
     @property
     def matrix(self) -> Array:
@@ -262,3 +275,18 @@ def outside(graph: gs.Graph, done: str) -> Iterator[Skip]:
                 yield Skip(node.name, f"not {done}: it is inside a nested body")
             elif weight_of(node) is None:
                 yield Skip(node.name, f"not {done}: {why_no_moments(node)}")
+
+
+@dataclass(frozen=True)
+class LeaveOut:
+    """A step of a sequential pass that only says what the others do not look at."""
+
+    skips: tuple[Skip, ...]
+    name: ClassVar[str] = "leave-out"
+    lossless: ClassVar[bool] = True
+
+    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
+        return ()
+
+    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+        return list(self.skips)

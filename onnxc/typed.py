@@ -114,11 +114,16 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def construct(cls: type[T], values: Table) -> T:
-    """A dataclass from values by key, defaults for the others."""
+    """A dataclass from values by key, defaults for the others.
+
+    Of fields that are dataclasses, each gets the values that its own keys take.
+    """
     arguments = {}
     for name, kind in hints(cls).items():
         if is_dataclass(kind):
-            arguments[name] = construct(cast(type[Any], kind), values)
+            known = keys(cast(type[Any], kind))
+            taken = {k: v for k, v in values.items() if k in known and read_as(v, known[k])[0]}
+            arguments[name] = construct(cast(type[Any], kind), taken)
         elif name in values:
             arguments[name] = values[name]
     return cls(**arguments)

@@ -1,6 +1,7 @@
 """One rewrite a file. Importing this package enters every pass into `onnxc.core.PASSES`."""
 
 from passes.cluster import Cluster
+from passes.cluster_vectors import ClusterVectors
 from passes.correct_bias import CorrectBias
 from passes.drop_identity import DropIdentity
 from passes.drop_zero_states import DropZeroStates
@@ -26,6 +27,7 @@ from passes.widen import Widen
 
 __all__ = [
     "Cluster",
+    "ClusterVectors",
     "CorrectBias",
     "DropIdentity",
     "DropZeroStates",

@@ -36,10 +36,10 @@ from onnxc.core import Change, Context, Goal, Key, Pass, Skip, register
 from onnxc.errors import OptionError
 from onnxc.goals import goal_of, has_bias, key_of, why_no_goal
 from onnxc.graph import values
-from onnxc.matrices import Layer, error, layers, outside, place, shift_biases
+from onnxc.matrices import Layer, LeaveOut, error, layers, outside, place, shift_biases
 from onnxc.numerics import codebook, gain
 from onnxc.numerics.aim import Aim
-from onnxc.numerics.codebook import Codebook, snap
+from onnxc.numerics.codebook import PINNED, Codebook, snap
 from onnxc.numerics.kmeans import Init, Points
 from onnxc.numerics.sharing import METHODS, Method, Wish, bit_price, share
 from onnxc.numerics.sparse import Quadratic
@@ -47,7 +47,6 @@ from onnxc.refits import RefitNode, set_bias
 
 Array = NDArray[Any]
 
-PINNED = 0.1  # share of zeros from which on they stay zeros
 MANY = 1 << 26  # products of a sweep over codes: of more, only the better start is followed
 
 
@@ -104,7 +103,7 @@ class Cluster:
     def steps(self, graph: gs.Graph, context: Context) -> Iterator[Pass]:
         """One step a layer, in the order of first nodes, and one for what is refit in between."""
         found = layers(graph, context.only.names(graph), everything=True)
-        yield Report(outside(graph, "clustered"))
+        yield LeaveOut(tuple(outside(graph, "clustered")))
         is_moved, kept = False, context.only.excluded(graph)
         for node in list(graph.nodes):
             mine = [layer for layer in found if layer.nodes[0] is node]
@@ -178,21 +177,6 @@ class Cluster:
             starts = [min(starts, key=lambda book: E.error(W - book.weight))]
         found = [codebook.fit(W, E, each, price, move) for each in starts]
         return min(found, key=lambda book: codebook.cost(W, E, book, price))
-
-
-@dataclass(frozen=True)
-class Report:
-    """Only says what is left alone."""
-
-    skips: Iterable[Skip]
-    name: ClassVar[str] = "report"
-    lossless: ClassVar[bool] = True
-
-    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        return ()
-
-    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
-        return list(self.skips)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,33 @@ def test_sparsify_then_cluster_keeps_the_zeros(capsys: Any) -> None:
     assert count_zeros(model).share > 0.55
 
 
+def test_vectors_are_small_and_proven(capsys: Any) -> None:
+    arguments = ("cluster", IMAGES, "--data", IMAGE_DATA, "--samples", 20, "--include", "op:Gemm")
+    extra = ("--method", "pq", "--rate", 3)
+    found = report_of(capsys, *arguments, *extra, "-o", "1.onnx")
+    assert found["after"]["bytes"] < found["before"]["bytes"] and found["count"] == 1
+    assert found["comparison"]["agreement"] > 0.9 and "codewords of length" in str(found["done"])
+    assert [p.name for p in loads(found["recipe"]).passes] == ["upgrade-opset", "cluster-vectors"]
+    Path("r.toml").write_text(found["recipe"])  # which names the form of the layer
+    assert "Gemm=" in found["recipe"]
+    report_of(capsys, "cluster", IMAGES, "--recipe", "r.toml", "-o", "2.onnx")
+    assert Path("1.onnx").read_bytes() == Path("2.onnx").read_bytes()
+    assert call("pack", "1.onnx", "--quiet") == 0
+    assert Path("1.onnxz").stat().st_size < found["after"]["bytes"]
+
+
+def test_vectors_that_make_no_sense_are_told(capsys: Any) -> None:
+    pq = (*ARGUMENTS, "--method", "pq")
+    assert call(*pq, "--format", "int8-codebook") == 2
+    assert "leave --format int8-codebook out" in capsys.readouterr().err
+    assert call(*pq, "--rate", -1) == 2
+    assert "rate is bits a weight" in capsys.readouterr().err
+    assert call(*pq, "--init", "density") == 2
+    assert "init does not go with --method pq" in capsys.readouterr().err
+    assert call(*ARGUMENTS, "--length", 4) == 2
+    assert "length does not go with --method dp" in capsys.readouterr().err
+
+
 def test_options_that_mean_nothing_are_told(capsys: Any) -> None:
     assert call(*ARGUMENTS, "--bits", 9) == 2
     assert "1 to 8" in capsys.readouterr().err

@@ -43,6 +43,7 @@ SWEEPS = 2  # of the codes in a round
 SOLVED = 1e-3  # ‖residual‖ of the levels, of the first one
 CHUNK = 1 << 22  # costs that are compared at once
 STEPS = 127  # of a grid of integers on either side of 0
+PINNED = 0.1  # share of zeros of a weight from which on they stay zeros
 
 
 @dataclass(frozen=True)
