@@ -23,7 +23,7 @@ from onnxc.cost import file_bytes, inspect
 from onnxc.errors import OptionError
 from onnxc.graph import load, save
 from onnxc.graph import size as model_size
-from onnxc.packing import pack, unpack
+from onnxc.packing import check_packing, pack, store, unpack
 from onnxc.pairs import excess
 from onnxc.paths import check_folder, existing
 from onnxc.quantization import QuantizeSettings
@@ -126,6 +126,7 @@ def write(task: Task, request: Request) -> Report:
     start = time.perf_counter()
     say, runtime, max_drop = request.say, request.runtime, request.max_drop
     job = checked(task, request)
+    check_packing(job.output)
     if max_drop is not None:  # told now where there are no classes
         same = subject(job.path, job.calibration.max_memory)
         missed_bounds(compare(same, same, job.samples.judge.subset([0]), runtime), max_drop)
@@ -138,7 +139,7 @@ def write(task: Task, request: Request) -> Report:
     is_written = not (request.strict and missed)
     if is_written:
         say("writing")
-        save(found.model, job.output)
+        store(found.model, job.output)
     report = _report(job, found, missed, is_written)
     return replace(report, memory_peak=peak_memory(), seconds=time.perf_counter() - start)
 

@@ -295,8 +295,9 @@ recipes = group_of(
     click.option(
         "--recipe",
         type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Replay a recipe (TOML); options given beside it override it.",
+        metavar="FILE|NAME",
+        help="Replay a recipe, a TOML file or one of onnxc's own: deep-compression. Options given "
+        "beside it override it.",
     ),
     click.option("--print-recipe", is_flag=True, help="Print the recipe that replays the result."),
 )

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from pathlib import Path
 
 from onnxc import package
 from onnxc.cost import external_files, file_bytes
 from onnxc.errors import ModelError, OptionError
-from onnxc.graph import read
+from onnxc.graph import Model, read, save
 from onnxc.paths import check_output, existing
+from onnxc.rans import libraries
 from onnxc.report import Packed
 from onnxc.request import ModelPath, Progress, counting, naming, silent
 
 SUFFIX = ".onnxz"
+
+
+def check_packing(output: Path) -> None:
+    """Raise OptionError where a file of this name could not be packed."""
+    if output.suffix == SUFFIX:
+        libraries()
+
+
+def store(model: Model, output: Path) -> None:
+    """Write a model; packed, where the name of the file says so. Raises ModelError, OptionError."""
+    if output.suffix != SUFFIX:
+        save(model, output)
+        return
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".onnxc-") as folder:
+        plain = Path(folder) / f"{output.stem}.onnx"
+        save(model, plain)
+        package.write(plain, output, False, counting(silent, "packing"))
 
 
 def pack(

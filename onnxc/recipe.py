@@ -18,7 +18,8 @@
     per_channel = true
 
 Every key is the field of a frozen dataclass, read by its type (see `onnxc.typed`). Reading what was
-written gives an equal recipe: `loads(dump(recipe)) == recipe`.
+written gives an equal recipe: `loads(dump(recipe)) == recipe`. Some recipes come with onnxc, and go
+by a name (`shipped`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from onnxc.typed import (
     suggest,
 )
 
+SHIPPED = Path(__file__).parent / "recipes"
 TOP_KEYS = ("seed", "include", "exclude", "target", "calibration", "pass")
 
 
@@ -84,10 +86,23 @@ class _Target:
     name: str = "auto"
 
 
+def shipped() -> dict[str, Path]:
+    """The recipes that come with onnxc, by name."""
+    return {file.stem: file for file in sorted(SHIPPED.glob("*.toml"))}
+
+
 def load(path: str | Path) -> Recipe:
-    """Read a recipe file. Raises OptionError naming the file and the key."""
+    """Read a recipe: a file, or one that comes with onnxc. Raises OptionError naming the key."""
+    file, known = Path(path), shipped()
+    if not file.exists() and not file.suffix:
+        if str(path) not in known:
+            hint = suggest(str(path), known)
+            raise OptionError(
+                f"there is no recipe {path}{hint}; give a TOML file or one of: {', '.join(known)}"
+            )
+        file = known[str(path)]
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"cannot read the recipe {path}: {_why(error)}") from error
     try:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from real_models import NETWORKS, SHARED
+from sections import put_section, row
 
 import onnxc
 from onnxc.report import Report
 from onnxc.targets import detect
 
-RESULTS = Path(__file__).resolve().parents[2] / "models" / "RESULTS.md"
 BUDGETS = (0.9, 0.8, 0.7, 0.6)  # of the MACs
 WAYS: dict[str, dict[str, Any]] = {
     "all layers": {"faster": False},
@@ -50,11 +50,11 @@ def table(name: str) -> Iterator[str]:
     yield (
         f"{_setting(name)}, one thread of a processor of class `{detect()}`; above 1 is faster.\n"
     )
-    yield _row(*HEADINGS)
-    yield _row(*("---" if h == "what" else "---:" for h in HEADINGS))
+    yield row(*HEADINGS)
+    yield row(*("---" if h == "what" else "---:" for h in HEADINGS))
     for budget in BUDGETS:
         for way, settings in WAYS.items():
-            yield _row(f"{budget:.0%}", way, *_cells(measure(name, macs=budget, **settings)))
+            yield row(f"{budget:.0%}", way, *_cells(measure(name, macs=budget, **settings)))
 
 
 def _setting(name: str) -> str:
@@ -75,16 +75,6 @@ def measure(name: str, **settings: Any) -> Report:
         )
 
 
-def put_section(heading: str, text: str) -> None:
-    """Write a section of RESULTS.md, in place of the one of that heading."""
-    old = RESULTS.read_text(encoding="utf-8")
-    head, found, rest = old.partition(f"{heading}\n")
-    behind = rest.partition("\n## ")
-    after = "".join(behind[1:]) if found else ""
-    new = f"{head.rstrip()}\n\n{heading}\n\n{text.rstrip()}\n{after}"
-    RESULTS.write_text(new, encoding="utf-8")
-
-
 def _cells(found: Report) -> Iterator[str]:
     comparison, before, after = found.comparison, found.before, found.after
     assert comparison is not None and comparison.top1 is not None
@@ -94,10 +84,6 @@ def _cells(found: Report) -> Iterator[str]:
     yield f"{100 * (comparison.agreement or 0):.1f} %"
     yield f"{comparison.sqnr:.1f} dB"
     yield f"{found.speedup.median:.2f}x" if found.speedup else ""
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
