@@ -109,3 +109,24 @@ def test_without_data_it_says_so(capsys: Any) -> None:
     found = report_of(capsys, "cluster", TOKENS, "-o", "o.onnx", "--bits", 6, "--no-reconstruct")
     assert "without data" in found["headline"] or "synthesized" in found["headline"]
     assert np.isfinite(found["comparison"]["sqnr"])
+
+
+def test_a_recipe_of_a_name_comes_with_onnxc_and_its_result_is_packed(capsys: Any) -> None:
+    arguments = ("--data", TOKEN_DATA, "--samples", 20, "--recipe", "deep-compression")
+    found = report_of(capsys, "cluster", TOKENS, *arguments, "-o", "o.onnxz")
+    names = [p.name for p in loads(found["recipe"]).passes]
+    assert names == ["sparsify", "reconstruct", "upgrade-opset", "cluster", "store-codebooks"]
+    assert found["after"]["bytes"] == Path("o.onnxz").stat().st_size < TOKENS.stat().st_size / 6
+    onnxc.unpack("o.onnxz", "o.onnx")
+    assert Path("o.onnx").stat().st_size > 1.2 * Path("o.onnxz").stat().st_size
+    packed, plain = onnxc.load("o.onnxz"), onnxc.load("o.onnx")
+    prepare(packed), prepare(plain)
+    assert count_zeros(packed).share == count_zeros(plain).share > 0.4
+    assert sorted(path.name for path in Path().iterdir()) == ["o.onnx", "o.onnxz"]
+
+
+def test_a_recipe_of_an_unknown_name_is_told_with_those_there_are(capsys: Any) -> None:
+    assert call("cluster", TOKENS, "--recipe", "deep-compresion", "-o", "o.onnx") == 2
+    said = capsys.readouterr().err
+    assert "there is no recipe deep-compresion" in said and "deep-compression" in said
+    assert not Path("o.onnx").exists()
