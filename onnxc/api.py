@@ -23,6 +23,7 @@ from onnxc.cost import file_bytes, inspect
 from onnxc.errors import OptionError
 from onnxc.graph import load, save
 from onnxc.graph import size as model_size
+from onnxc.opening import openings
 from onnxc.packing import check_packing, pack, store, unpack
 from onnxc.pairs import excess
 from onnxc.paths import check_folder, existing
@@ -184,11 +185,13 @@ def _effect(tried: Attempt, name: str) -> Effect:
 
 def _report(job: Job, found: Compressed, missed: tuple[str, ...], is_written: bool) -> Report:
     size = file_bytes(job.output) if is_written else model_size(found.model)
+    is_opened = is_written and job.plan.task.aim.seeks == "size"
+    first, last = openings((job.path, job.output)) if is_opened else (None, None)
     return Report(
         model=str(job.path),
         output=str(job.output) if is_written else None,
-        before=Measure(file_bytes(job.path), found.before, found.macs[0]),
-        after=Measure(size, found.after, found.macs[1]),
+        before=Measure(file_bytes(job.path), found.before, found.macs[0], first),
+        after=Measure(size, found.after, found.macs[1], last),
         target=job.plan.target.name,
         way=found.way,
         aim=job.plan.task.aim,

@@ -209,6 +209,11 @@ def _cost_rows(report: Report | Validation) -> Iterator[Row]:
     if before.latency and after.latency:
         ratio = _spread(report.speedup) if report.speedup else ""
         yield "latency p50", f"{before.latency.p50:.3f} ms", f"{after.latency.p50:.3f} ms", ratio
+    if before.opening and after.opening:
+        yield "time to load", f"{before.opening.ms:.0f} ms", f"{after.opening.ms:.0f} ms", ""
+        held = [x.opening.memory for x in (before, after) if x.opening]
+        if None not in held:
+            yield "memory loaded", *(size_text(x or 0) for x in held), ""
 
 
 def _zeros_rows(report: Report | Validation) -> Iterator[Row]:

@@ -9,6 +9,7 @@ A report is a plain dataclass, and `to_json` writes any of them: its fields are 
     zeros               [{weights, zeros, bits, coded, share}, the same after], or null
     speedup             {median, low, high, is_slower}, original over result
     latency             {p10, p50, p90, spread}
+    opening             {ms, memory}, where the task seeks a small file
     comparison          {samples, outputs {NAME: {sqnr, cosine, max_abs_error, agreement}},
                         agreement, top1, top5, perplexity: each [reference, candidate], notes,
                         sqnr, cosine, max_abs_error}
@@ -34,6 +35,7 @@ import numpy as np
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage
 from onnxc.core import Change, Skip
+from onnxc.opening import Opening
 from onnxc.package import Tally
 from onnxc.runtime import Runtime
 from onnxc.zeros import Zeros
@@ -46,11 +48,15 @@ LEAST_SQNR = 15.0  # dB
 
 @dataclass(frozen=True)
 class Measure:
-    """One model as measured. bytes: of the file with its external data. macs: None if not known."""
+    """One model as measured. bytes: of the file with its external data. macs: None if not known.
+
+    opening: time and memory that a session takes, where the aim is a small file.
+    """
 
     bytes: int
     latency: Latency | None = None
     macs: int | None = None
+    opening: Opening | None = None
 
 
 @dataclass(frozen=True)

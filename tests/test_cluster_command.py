@@ -32,6 +32,7 @@ def test_a_clustered_file_is_small_and_proven(capsys: Any) -> None:
     assert found["comparison"]["agreement"] > 0.9
     assert found["count"] and found["aim"]["seeks"] == "size"
     assert found["after"]["bytes"] == Path("o.onnx").stat().st_size
+    assert all(found[when]["opening"]["ms"] > 0 for when in ("before", "after"))
     names = [p.name for p in loads(found["recipe"]).passes]
     assert names == ["upgrade-opset", "cluster", "store-codebooks"]
 
