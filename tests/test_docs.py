@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click import Group
 
@@ -38,6 +39,8 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FIGURE = re.compile(r"  +|:|(?:^|(?<=\s))[+-]?\d")  # where the label of a line ends
 SET_UP = ("make ", "pip ", "git ", "cd ", "python -m pip ", "python -m venv ")
 APART = re.compile(r"distributed|--workers|--max-memory|loader:")  # of processes, memory, modules
+FEW = 64  # samples, for pages that do not cut the data up themselves
+WHOLE = {"docs/data.md", "docs/statistics.md"}
 SHELL = shutil.which("sh")
 
 
@@ -81,6 +84,14 @@ def folder(tmp_path: Path) -> Path:
     ignored = shutil.ignore_patterns("*.py", "*.md")
     shutil.copytree(ROOT / "models", tmp_path / "models", ignore=ignored)
     return tmp_path
+
+
+def shorten(folder: Path) -> None:
+    """Leave FEW samples of the calibration data: figures may differ, and fits are fast."""
+    for path in (folder / "models").glob("*_calib.npz"):
+        with np.load(path) as found:
+            few = {name: found[name][:FEW] for name in found.files}
+        np.savez(path, **few)  # type: ignore[arg-type]
 
 
 def execute(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -127,6 +138,8 @@ def labels(text: str) -> Iterator[str]:
 def test_every_block_runs(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "100")
+    if name not in WHOLE:
+        shorten(folder)
     printed = ""
     for block in blocks(ROOT / name):
         where = f"{name}, line {block.line}"

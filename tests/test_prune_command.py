@@ -85,7 +85,7 @@ def test_options_that_mean_nothing_are_told(options: list[str], words: str, caps
 
 def test_layers_are_refit_through_their_relus_where_asked_for(capsys: Any) -> None:
     model, data = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn_calib.npz"
-    arguments = ("prune", model, "--data", data, "--samples", 40, "--ratio", 0.3)
+    arguments = ("prune", model, "--data", data, "--samples", 16, "--ratio", 0.3)
     arguments = (*arguments, "--allocation", "uniform", "-o", "o.onnx")
     found = report_of(capsys, *arguments, "--nonlinear")
     _, refit, _ = loads(found["recipe"]).passes
