@@ -14,14 +14,14 @@ demo: $(VENV)/.installed-all
 	  -o demo/digits_cnn.int8.onnx
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict -p onnxc -p passes -p calib
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/.installed-dev
 	@set -e; for script in $(sort $(wildcard tests/bench/*.py)); do \

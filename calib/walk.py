@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ from onnxc.graph import Model, as_declared
 from onnxc.numerics.patches import Window
 from onnxc.runtime import Runtime
 from onnxc.stages import Source, staged
+from onnxc.weights import Values
 
 Array = NDArray[Any]
 Observed = GoalObserver | RowsObserver | Streaming
@@ -46,6 +48,7 @@ class Walk:
     """One model on its way over batches.
 
     inputs: its inputs, by batch. held: what it made so far and still needs. made: all that it made.
+    is_fixed: nobody rewrites the model meanwhile.
     """
 
     model: Model
@@ -54,10 +57,15 @@ class Walk:
     threads: int = 1
     held: Boundary = field(default_factory=Boundary)
     made: set[str] = field(default_factory=set)
+    is_fixed: bool = False
+
+    @cached_property
+    def _whole(self) -> tuple[ModelProto, list[Values]]:
+        return as_declared(self.model)
 
     def reach(self, names: Collection[str]) -> None:
         """Make tensors, and forget what nothing behind them reads. Raises ModelError."""
-        proto, weights = as_declared(self.model)
+        proto, weights = self._whole if self.is_fixed else as_declared(self.model)
         ports = {port.name for port in proto.graph.input}
         unknown = set(names) - tap.produced(proto.graph) - ports
         if unknown:
@@ -135,7 +143,7 @@ class Pair:
             for name, array in feed.items():
                 self.inputs.put(index, name, array)
         count = len(self.samples)
-        self.original = Walk(original, self.inputs, count, threads)
+        self.original = Walk(original, self.inputs, count, threads, is_fixed=True)
         self.current = Walk(current, self.inputs, count, threads)
 
     def __enter__(self) -> Self:

@@ -38,9 +38,11 @@ class Ties:
 
     def tie(self, a: Labels, b: Labels) -> None:
         """Make one class of a_i and b_i, for each i; shapes broadcast."""
-        for one, other in np.broadcast(a, b):
-            self.copies -= {int(one), int(other)}  # what stood for any stands for one now
-            first, second = self._root(int(one)), self._root(int(other))
+        pairs = (array.reshape(-1).tolist() for array in np.broadcast_arrays(a, b))
+        for one, other in zip(*pairs, strict=True):
+            self.copies.discard(one)  # what stood for any stands for one now
+            self.copies.discard(other)
+            first, second = self._root(one), self._root(other)
             self.parent[max(first, second)] = min(first, second)
 
     def block(self, labels: Labels, reason: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
+from layers import VECTORS, named
 from numpy.typing import NDArray
-from quantizing import Feed, apply, dataset, decibels, kernels
+from quantizing import apply, dataset, decibels, kernels
 from texts import bind, changed, context, normal, ops, outputs, reasons
 
 from onnxc.core import Change
@@ -18,60 +18,33 @@ from onnxc.pipeline import apply_pass
 from passes.cluster import Cluster
 from passes.store_codebooks import StoreCodebooks
 
-IMAGES: Feed = {"x": np.abs(normal(48, 1, 8, 9, 9)) + normal(48, 1, 8, 1, 1)}
-VECTORS: Feed = {"x": normal(200, 1, 16) @ normal(16, 16) + np.float32(1)}
-
-CONV = """g (float[1,8,9,9] x, float[6,{i},3,3] W, float[6] B) => (float[1,6,7,7] y) {{
-    y = Conv {a} (x, W, B) }}"""
-LAYERS: dict[str, tuple[onnx.ModelProto, Feed]] = {
-    "Conv": (bind(CONV.format(i=8, a=""), W=normal(6, 8, 3, 3), B=normal(6)), IMAGES),
-    "grouped Conv": (
-        bind(CONV.format(i=4, a="<group: int = 2>"), W=normal(6, 4, 3, 3), B=normal(6)),
-        IMAGES,
-    ),
-    "ConvTranspose": (
-        bind(
-            """g (float[1,32,4,4] x, float[32,3,2,2] W) => (float[1,6,8,8] y) {
-            y = ConvTranspose <group: int = 2, strides: ints = [2,2]> (x, W) }""",
-            W=normal(32, 3, 2, 2),
-        ),
-        {"x": np.einsum("nbchw,cd->nbdhw", normal(48, 1, 32, 4, 4), normal(32, 32))},
-    ),
-    "Gemm": (
-        bind(
-            """g (float[1,16] x, float[24,16] W, float[24] B) => (float[1,24] y) {
+LAYERS = named(
+    {
+        "Gemm": (
+            bind(
+                """g (float[1,16] x, float[24,16] W, float[24] B) => (float[1,24] y) {
             y = Gemm <transB: int = 1> (x, W, B) }""",
-            W=normal(24, 16),
-            B=normal(24),
+                W=normal(24, 16),
+                B=normal(24),
+            ),
+            VECTORS,
         ),
-        VECTORS,
-    ),
-    "MatMul": (
-        bind(
-            "g (float[1,16] x, float[16,20] W) => (float[1,20] y) { y = MatMul (x, W) }",
-            W=normal(16, 20),
+        "MatMul": (
+            bind(
+                "g (float[1,16] x, float[16,20] W) => (float[1,20] y) { y = MatMul (x, W) }",
+                W=normal(16, 20),
+            ),
+            VECTORS,
         ),
-        VECTORS,
-    ),
-    "GRU": (
-        bind(
-            """g (float[4,N,16] x, float[2,9,16] W, float[2,9,3] R) => (float[4,2,N,3] y) {
-            y = GRU <hidden_size: int = 3, direction: string = "bidirectional"> (x, W, R) }""",
-            W=normal(2, 9, 16) / 4,
-            R=normal(2, 9, 3),
+        "Gather": (
+            bind(
+                "g (int64[1,5] x, float[40,8] W) => (float[1,5,8] y) { y = Gather (W, x) }",
+                W=normal(40, 8),
+            ),
+            {"x": np.arange(40).reshape(8, 1, 5)},
         ),
-        {"x": normal(4, 50, 16) @ normal(16, 16) / 4},
-    ),
-    "Gather": (
-        bind(
-            "g (int64[1,5] x, float[40,8] W) => (float[1,5,8] y) { y = Gather (W, x) }",
-            W=normal(40, 8),
-        ),
-        {"x": np.arange(40).reshape(8, 1, 5)},
-    ),
-}
-for proto, _ in LAYERS.values():
-    proto.graph.node[0].name = "layer"
+    }
+)
 
 
 def weight(model: Model, position: int | None = None) -> NDArray[Any]:

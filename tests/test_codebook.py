@@ -9,23 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from problems import problem
 
 from onnxc.numerics import codebook
 from onnxc.numerics.aim import Aim
 from onnxc.numerics.codebook import Codebook, feed_forward, fit, plain, snap, solve_levels
 from onnxc.numerics.refit import Sums
-from onnxc.numerics.sparse import Quadratic, quadratic
+from onnxc.numerics.sparse import Quadratic
 
 Array = NDArray[Any]
-
-
-def problem(outputs: int, d: int, groups: int = 1, seed: int = 0) -> tuple[Array, Quadratic]:
-    rng = np.random.default_rng(seed)
-    mixed = rng.standard_normal((groups, d, d)) / np.sqrt(d) + np.eye(d)
-    x = rng.standard_normal((groups, 40 * d, d)) @ mixed
-    H = x.swapaxes(1, 2) @ x / x.shape[1]
-    return rng.standard_normal((groups, outputs, d)), quadratic([H], least=0)
-
 
 LEVELS = np.array([-1.2, -0.3, 0.4, 1.3])
 

@@ -3,24 +3,31 @@
 A page starts in a temporary folder that holds only models/. A block fenced as `sh` or `python`
 must end well, one fenced as `toml` must be a recipe. A block fenced as `text` shows what the last
 one printed: figures may differ, but each line's label must be there. Blocks that set a machine up
-(make, pip, git) are not run here.
+(make, pip, git) are not run here. Blocks of plain commands and of Python are run in this process,
+which saves importing everything anew for each line; blocks that ask a shell for more, processes or
+memory of their own are run apart.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click import Group
 
 from onnxc import recipe
+from onnxc.cli import run
 from onnxc.commands import onnxc
 from onnxc.targets import TARGETS
 
@@ -31,6 +38,9 @@ SLOW = {"docs/accuracy-fell.md"}  # runs a dozen quantizations
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FIGURE = re.compile(r"  +|:|(?:^|(?<=\s))[+-]?\d")  # where the label of a line ends
 SET_UP = ("make ", "pip ", "git ", "cd ", "python -m pip ", "python -m venv ")
+APART = re.compile(r"distributed|--workers|--max-memory|loader:")  # of processes, memory, modules
+FEW = 64  # samples, for pages that do not cut the data up themselves
+WHOLE = {"docs/data.md", "docs/statistics.md"}
 SHELL = shutil.which("sh")
 
 
@@ -45,6 +55,17 @@ class Block:
     @property
     def is_set_up(self) -> bool:
         return all(line.startswith(SET_UP) for line in self.text.splitlines())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is Python or commands alone, of which nothing is seen from outside."""
+        commands = all(line.startswith("onnxc ") for line in self.lines)
+        plain = self.language == "python" or (commands and not re.search(r"[|<>;&$`]", self.text))
+        return plain and not APART.search(self.text)
+
+    @property
+    def lines(self) -> list[str]:
+        return self.text.replace("\\\n", " ").strip().splitlines()
 
 
 def blocks(page: Path) -> list[Block]:
@@ -65,7 +86,32 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def shorten(folder: Path) -> None:
+    """Leave FEW samples of the calibration data: figures may differ, and fits are fast."""
+    for path in (folder / "models").glob("*_calib.npz"):
+        with np.load(path) as found:
+            few = {name: found[name][:FEW] for name in found.files}
+        np.savez(path, **few)  # type: ignore[arg-type]
+
+
 def execute(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The exit code and the output of a block, as `sh -e` or Python would have them."""
+    return within(block) if block.is_plain else apart(block, folder)
+
+
+def within(block: Block) -> subprocess.CompletedProcess[str]:
+    """In this process; an error of Python code is raised."""
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        if block.language == "python":
+            code = 0
+            exec(compile(block.text, f"<line {block.line}>", "exec"), {"__name__": "__main__"})
+        else:
+            code = next(filter(None, (run(shlex.split(line)[1:]) for line in block.lines)), 0)
+    return subprocess.CompletedProcess(block.text, code, out.getvalue(), err.getvalue())
+
+
+def apart(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     program = [str(SHELL), "-eu"] if block.language == "sh" else [sys.executable]
     places = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     environment = {**os.environ, "PATH": places, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
@@ -89,7 +135,11 @@ def labels(text: str) -> Iterator[str]:
 
 @pytest.mark.skipif(SHELL is None, reason="the blocks are written for sh, which is not installed")
 @pytest.mark.parametrize("name", list(pages()))
-def test_every_block_runs(name: str, folder: Path) -> None:
+def test_every_block_runs(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "100")
+    if name not in WHOLE:
+        shorten(folder)
     printed = ""
     for block in blocks(ROOT / name):
         where = f"{name}, line {block.line}"
@@ -110,6 +160,12 @@ def test_the_reader_of_blocks_sees_failures(folder: Path) -> None:
     failing, shown = blocks(page)
     assert (failing.language, failing.line, shown.language) == ("sh", 3, "text")
     assert execute(failing, folder).returncode == 1
+    wrong = Block("sh", "onnxc inspect none", 1)
+    told, plain = execute(wrong, folder), apart(wrong, folder)
+    assert wrong.is_plain and not failing.is_plain
+    assert (told.returncode, told.stderr) == (plain.returncode, plain.stderr) == (2, plain.stderr)
+    with pytest.raises(ModuleNotFoundError):
+        execute(Block("python", "import nothing_of_that_name", 1), folder)
     assert list(labels(shown.text)) == ["top-1"]
     assert list(labels("· calibrated on 160 samples\ngood: faster\n4.3 s")) == [
         "· calibrated on",

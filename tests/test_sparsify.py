@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from layers import IMAGES, VECTORS, named
 from numpy.typing import NDArray
-from quantizing import Feed, apply, decibels
+from quantizing import apply, decibels
 from texts import bind, context, normal, outputs
 
 from onnxc.core import Change, Skip
@@ -17,81 +18,50 @@ from onnxc.graph import Model, load, to_bytes, values
 from onnxc.ops import weight_of
 from passes.sparsify import Sparsify
 
-IMAGES: Feed = {"x": np.abs(normal(48, 1, 8, 9, 9)) + normal(48, 1, 8, 1, 1)}
-VECTORS: Feed = {"x": normal(200, 1, 16) @ normal(16, 16) + np.float32(1)}
-
-
-CONV = """g (float[1,8,9,9] x, float[6,{i},3,3] W, float[6] B) => (float[1,6,7,7] y) {{
-    y = Conv {a} (x, W, B) }}"""
-LAYERS: dict[str, tuple[onnx.ModelProto, Feed]] = {
-    "Conv": (
-        bind(CONV.format(i=8, a=""), W=normal(6, 8, 3, 3), B=normal(6)),
-        IMAGES,
-    ),
-    "Conv without bias": (
-        bind(
-            "g (float[1,8,9,9] x, float[6,8,3,3] W) => (float[1,6,7,7] y) { y = Conv (x, W) }",
-            W=normal(6, 8, 3, 3),
+LAYERS = named(
+    {
+        "Conv without bias": (
+            bind(
+                "g (float[1,8,9,9] x, float[6,8,3,3] W) => (float[1,6,7,7] y) { y = Conv (x, W) }",
+                W=normal(6, 8, 3, 3),
+            ),
+            IMAGES,
         ),
-        IMAGES,
-    ),
-    "grouped Conv": (
-        bind(CONV.format(i=4, a="<group: int = 2>"), W=normal(6, 4, 3, 3), B=normal(6)),
-        IMAGES,
-    ),
-    "depthwise Conv": (
-        bind(
-            """g (float[1,8,9,9] x, float[8,1,3,3] W) => (float[1,8,7,7] y) {
+        "depthwise Conv": (
+            bind(
+                """g (float[1,8,9,9] x, float[8,1,3,3] W) => (float[1,8,7,7] y) {
             y = Conv <group: int = 8> (x, W) }""",
-            W=normal(8, 1, 3, 3),
+                W=normal(8, 1, 3, 3),
+            ),
+            IMAGES,
         ),
-        IMAGES,
-    ),
-    "ConvTranspose": (
-        bind(
-            """g (float[1,32,4,4] x, float[32,3,2,2] W) => (float[1,6,8,8] y) {
-            y = ConvTranspose <group: int = 2, strides: ints = [2,2]> (x, W) }""",
-            W=normal(32, 3, 2, 2),
-        ),
-        {"x": np.einsum("nbchw,cd->nbdhw", normal(48, 1, 32, 4, 4), normal(32, 32))},
-    ),
-    "Gemm": (
-        bind(
-            """g (float[1,16] x, float[16,5] W, float[5] B) => (float[1,5] y) {
+        "Gemm": (
+            bind(
+                """g (float[1,16] x, float[16,5] W, float[5] B) => (float[1,5] y) {
             y = Gemm (x, W, B) }""",
-            W=normal(16, 5),
-            B=normal(5),
+                W=normal(16, 5),
+                B=normal(5),
+            ),
+            VECTORS,
         ),
-        VECTORS,
-    ),
-    "transposed Gemm with factors": (
-        bind(
-            """g (float[1,16] x, float[5,16] W, float[5] B) => (float[1,5] y) {
+        "transposed Gemm with factors": (
+            bind(
+                """g (float[1,16] x, float[5,16] W, float[5] B) => (float[1,5] y) {
             y = Gemm <transB: int = 1, alpha: float = 0.5, beta: float = 2.0> (x, W, B) }""",
-            W=normal(5, 16),
-            B=normal(5),
+                W=normal(5, 16),
+                B=normal(5),
+            ),
+            VECTORS,
         ),
-        VECTORS,
-    ),
-    "MatMul": (
-        bind(
-            "g (float[1,16] x, float[16,5] W) => (float[1,5] y) { y = MatMul (x, W) }",
-            W=normal(16, 5),
+        "MatMul": (
+            bind(
+                "g (float[1,16] x, float[16,5] W) => (float[1,5] y) { y = MatMul (x, W) }",
+                W=normal(16, 5),
+            ),
+            VECTORS,
         ),
-        VECTORS,
-    ),
-    "GRU": (
-        bind(
-            """g (float[4,N,16] x, float[2,9,16] W, float[2,9,3] R) => (float[4,2,N,3] y) {
-            y = GRU <hidden_size: int = 3, direction: string = "bidirectional"> (x, W, R) }""",
-            W=normal(2, 9, 16) / 4,
-            R=normal(2, 9, 3),
-        ),
-        {"x": normal(4, 50, 16) @ normal(16, 16) / 4},
-    ),
-}
-for proto, _ in LAYERS.values():
-    proto.graph.node[0].name = "layer"
+    }
+)
 
 
 def zeros(model: Model) -> float:

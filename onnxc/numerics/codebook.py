@@ -143,10 +143,11 @@ def descend(W: Floats, E: Quadratic, book: Codebook, kept: Mask, price: float = 
     cheapest = _cheapest(book, price)
     if not E.blocks:
         return np.where(kept, book.codes, cheapest(W, np.ones((1, 1, 1))))
-    codes, values = upright(book.codes), upright(book.weight)
+    codes, values, is_free = upright(book.codes), upright(book.weight), not kept.any()
 
     def choose(j: int, goal: Floats, power: Floats) -> tuple[Codes, Floats]:
-        a = np.where(kept[..., j], codes[..., j], cheapest(goal, power))
+        a = cheapest(goal, power)
+        a = a if is_free else np.where(kept[..., j], codes[..., j], a)
         return a, book.levels[a]
 
     sweep(E, codes, values, upright(E.times(W - values)), choose)
@@ -156,7 +157,8 @@ def descend(W: Floats, E: Quadratic, book: Codebook, kept: Mask, price: float = 
 def _cheapest(book: Codebook, price: float) -> Callable[[Floats, Floats], Codes]:
     """What gives the codes of w*_j and C_jj."""
     if not price:
-        return lambda goal, power: nearest(goal, book.levels)
+        edges = (book.levels[1:] + book.levels[:-1]) / 2
+        return lambda goal, power: edges.searchsorted(goal, side="right")
     lengths = price * -np.log2(np.maximum(book.shares, 1 / (2 * book.codes.size)))
 
     def cheapest(goal: Floats, power: Floats) -> Codes:

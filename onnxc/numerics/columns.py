@@ -129,16 +129,16 @@ def sweep(E: Quadratic, codes: Codes, values: Floats, R: Floats, choose: Choose)
 
 def _sweep(C: Floats, first: int, state: tuple[Codes, Floats, Floats], choose: Choose) -> None:
     """The same for the columns of one block from `first` on."""
-    width, power = C.shape[1], _power(C)
-    codes, values, R = (part[..., first : first + width] for part in state)
+    width, power = C.shape[1], _power(C)[..., None]
+    codes, values, R = (part.swapaxes(1, 2)[:, first : first + width] for part in state)
     moved = np.zeros_like(values)
     for begin in range(0, width, WIDTH):
         end = min(begin + WIDTH, width)
-        before = C[:, begin:end, :begin] @ moved[..., :begin].swapaxes(1, 2)
-        for j in range(begin, end):
-            inside = moved[..., begin:j] @ C[:, begin:j, j, None]
-            asked = R[..., j] - before[:, j - begin] - inside[..., 0]
-            old = values[..., j].copy()
-            found, value = choose(first + j, old + asked / power[:, j, None], power[:, j, None])
-            codes[..., j], values[..., j], moved[..., j] = found, value, value - old
-    R.swapaxes(1, 2)[...] -= C @ moved.swapaxes(1, 2)
+        asked = R[:, begin:end] - C[:, begin:end, :begin] @ moved[:, :begin]
+        inside = C[:, begin:end, begin:end].swapaxes(1, 2).copy()
+        for place, j in enumerate(range(begin, end)):
+            asks = asked[:, place] - (inside[:, place, None, :place] @ moved[:, begin:j])[:, 0]
+            old, C_jj = values[:, j].copy(), power[:, j]
+            codes[:, j], values[:, j] = choose(first + j, old + asks / C_jj, C_jj)
+            np.subtract(values[:, j], old, out=moved[:, j])
+    R -= C @ moved

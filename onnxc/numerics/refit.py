@@ -17,7 +17,8 @@ accelerating very deep neural networks", §3.1) and the asymmetric reconstructio
 ("Accelerating very deep convolutional networks", §3.3), with a ridge and any support.
 
 λ is chosen by cross-validation: the samples are kept in two **folds**, what one of them teaches is
-judged by the other, and a refit that does not help there is none.
+judged by the other, and a refit that does not help there is none. λ falls until the error rises:
+along λ it has one valley.
 
 Rows that share the support of their group are solved for directly, others by conjugate gradients,
 all at once and each projected on its own support.
@@ -37,6 +38,7 @@ Mask = NDArray[np.bool_]
 RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # λ
 STEPS = 100  # of conjugate gradients
 CLOSE = 1e-3  # ‖residual‖ / ‖R‖ at which they end
+PAST = 1.01  # times the least error so far: λ beyond the best one
 FAINT = 1e-2  # of the mean of D: the least that an input counts with in the ridge
 
 
@@ -132,13 +134,13 @@ def refit(
         return Fit(W, b, 0.0, 0.0, np.inf)
     kept = W != 0
     before = float(first.error(W, b).sum() + second.error(W, b).sum())
-    tried = {}
-    for ridge in ridges:
-        one, other = (
-            solve(fold.moments(is_biased), W, b, kept, ridge, is_biased) for fold in folds
-        )
+    halves, tried = [fold.moments(is_biased) for fold in folds], dict[float, float]()
+    for ridge in sorted(ridges, reverse=True):  # the smaller, the more steps it takes
+        one, other = (solve(half, W, b, kept, ridge, is_biased) for half in halves)
         tried[ridge] = float(second.error(*one).sum() + first.error(*other).sum())
-    best = min(tried, key=lambda ridge: tried[ridge])
+        if tried[ridge] > PAST * min(tried.values()):
+            break
+    best = min(sorted(tried), key=lambda ridge: tried[ridge])
     fitted = solve((first + second).moments(is_biased), W, b, kept, best, is_biased)
     return Fit(*fitted, before, tried[best], best)
 
@@ -154,7 +156,9 @@ def solve(
         m.H * scale[:, :, None] * scale[:, None, :]
     )  # of diagonal 1 or less, so that the ridge is λI
     R = np.where(kept, R * scale[:, None, :], 0)
-    step, odd = _direct(H, R, kept, ridge), _is_odd(kept)
+    step, odd = np.zeros_like(R), _is_odd(kept)
+    if not odd.all():
+        step[:, ~odd] = _direct(H, R[:, ~odd], kept[:, ~odd], ridge)
     if odd.any():
         step[:, odd] = _iterated(H, R[:, odd], kept[:, odd], ridge)
     fitted = W + step * scale[:, None, :]

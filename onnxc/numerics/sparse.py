@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -75,6 +76,11 @@ class Quadratic:
     def diagonal(self) -> Floats:
         """C_jj, (groups, d)."""
         return np.concatenate([np.diagonal(b, axis1=1, axis2=2) for b in self.blocks], axis=1)
+
+    @cached_property
+    def spectra(self) -> tuple[tuple[Array, Array], ...]:
+        """The spectrum of each block, which all shares of zeros have in common."""
+        return tuple(spectrum(block) for block in self.blocks)
 
 
 def quadratic(
@@ -149,7 +155,7 @@ def sparse(W: Floats, E: Quadratic, criterion: Criterion, pattern: Pattern) -> F
 
 def solve(W: Floats, E: Quadratic, pattern: Pattern, steps: int = FINE) -> Floats:
     """D of the module's docstring after so many steps, or when its support has settled."""
-    spectra = [spectrum(block) for block in E.blocks]
+    spectra = E.spectra
     level = float(np.mean(np.concatenate([e.reshape(-1) for e, _ in spectra])))
     goal, rho = E.times(W).astype(np.float32), np.float32(FIRST * level)
     D = W.astype(np.float32)
