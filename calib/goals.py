@@ -24,14 +24,9 @@ from onnxc.numerics.refit import Sums
 
 Array = NDArray[Any]
 
-FEWEST, MOST = 64, 256  # rows of a sample: clip(d, FEWEST, MOST)
+TAKEN = 256  # rows of a sample
 AT_ONCE = 16 << 20  # bytes of rows, in float64, that are multiplied at once
 KEPT = 64 << 20  # bytes of rows that are kept of a layer
-
-
-def positions(d: int) -> int:
-    """Rows of length d that are taken of a sample."""
-    return min(max(d, FEWEST), MOST)
 
 
 @dataclass(frozen=True)
@@ -97,8 +92,7 @@ class GoalObserver:
 
     def update(self, x: Array, t: Array, samples: int | None = None) -> None:
         """Add the rows of a batch that holds so many samples."""
-        wanted = positions(self.cut.length(x))
-        for count, taken in self.cut.parts((x, t), samples, wanted):
+        for count, taken in self.cut.parts((x, t), samples, TAKEN):
             for fold in range(2):
                 chosen = slice((self.samples + fold) % 2, None, 2)
                 pair = (_of_samples(rows_, count, chosen, np.float64) for rows_ in taken)
@@ -139,7 +133,7 @@ class RowsObserver:
         """Rows of a sample."""
         d, axis = self.cut.length(x), self.cut.goal_axis
         row = 4 * (d * self.cut.window.groups + sum(int(t.shape[axis]) for t in others))
-        return max(min(positions(d), KEPT // (row * max(self.expected, 1))), 1)
+        return max(min(TAKEN, KEPT // (row * max(self.expected, 1))), 1)
 
     @property
     def is_finite(self) -> bool:
