@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import onnxc
+from onnxc.recipe import shipped
 
 ROOT = Path(onnxc.__file__).resolve().parents[1]
 PACKAGES = ("onnxc", "passes", "calib")
@@ -51,8 +52,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_the_wheel_holds_our_packages_and_nothing_else(wheel: list[str]) -> None:
     modules = {p.relative_to(ROOT).as_posix() for name in PACKAGES for p in sources(ROOT / name)}
+    recipes = {f"onnxc/recipes/{path.name}" for path in shipped().values()}
     files = {name for name in wheel if ".dist-info/" not in name}
-    assert files == modules | {f"{name}/py.typed" for name in PACKAGES}
+    assert recipes and files == modules | recipes | {f"{name}/py.typed" for name in PACKAGES}
 
 
 def test_the_wheel_holds_the_license_and_the_command(wheel: list[str]) -> None:
