@@ -108,11 +108,11 @@ def candidates(
     if pow2:
         return {"fixed": _fixed(ranges, bits, has_data)}
     if bits == 4:
-        return _four_bits(model, context)
+        return blocks_of_four(model, context)
     rest = (QuantizeWeights(), ShareConstants())
     integers: tuple[Pass, ...] = (ToQOperator(),) if format_ == "qoperator" else ()
     start = _start(has_data)
-    convolutions = _operators(model, context, channels=True)
+    convolutions = operators(model, context, channels=True)
     mixed = (
         *_start(has_data, ops=convolutions),
         Quantize(ranges=first, ops=convolutions),
@@ -160,14 +160,14 @@ def _fixed(ranges: Ranges | None, bits: int, has_data: bool) -> tuple[Pass, ...]
     return (*_start(has_data, power_of_two=True), narrow)
 
 
-def _four_bits(model: Model, context: Context) -> dict[str, tuple[Pass, ...]]:
+def blocks_of_four(model: Model, context: Context) -> dict[str, tuple[Pass, ...]]:
     """Weights of 4 bits in blocks, expanded at load or multiplied as they are."""
     upgrade = UpgradeOpset(WIDE_OPSET)
     ways: dict[str, tuple[Pass, ...]] = {
         "weight-only": (upgrade, QuantizeWeights(bits=4, block=BLOCK)),
         "MatMulNBits": (upgrade, QuantizeWeights(bits=4, block=BLOCK, form="matmulnbits")),
     }
-    if not _operators(model, context, channels=False):
+    if not operators(model, context, channels=False):
         del ways["MatMulNBits"]
     return ways
 
@@ -177,8 +177,8 @@ def _worth_trying(model: Model, context: Context, format_: Format) -> tuple[str,
         return (format_,)
     if format_ in ("qdq", "qoperator"):
         return ("static",)
-    convolutions = _operators(model, context, channels=True)
-    products = _operators(model, context, channels=False)
+    convolutions = operators(model, context, channels=True)
+    products = operators(model, context, channels=False)
     if not convolutions and not products:
         return ("dynamic", "weight-only")
     if not convolutions:
@@ -188,7 +188,7 @@ def _worth_trying(model: Model, context: Context, format_: Format) -> tuple[str,
     return ("static", "mixed", "weight-only")
 
 
-def _operators(model: Model, context: Context, channels: bool) -> tuple[str, ...]:
+def operators(model: Model, context: Context, channels: bool) -> tuple[str, ...]:
     """Operators of the heavy nodes with integer kernels: convolutions, or the others."""
     nodes = weighted_nodes(model.graph, context)
     return tuple(sorted({n.op for n in nodes if knowledge(n).float_output != channels}))

@@ -1,0 +1,75 @@
+"""Ways to quantize weights to few bits, rounded layer after layer (`passes.quantize_layers`).
+
+    static        on few integers in front of DequantizeLinear, for kernels that compute in 8 bits
+    rounded       the same integers with their scales in a Mul; the model computes in float
+    weight-only   4 bits in blocks, where nothing was said about rounding
+
+Integers are stored in as many bits as they have, and unpacked as ONNX Runtime loads the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, least_opset
+from onnxc.core import Context, Pass
+from onnxc.graph import Model
+from onnxc.search import AUTO_RANGES, WIDE_OPSET, blocks_of_four, operators
+from passes.quantize import Quantize, Ranges
+from passes.quantize_layers import QuantizeLayers
+from passes.quantize_weights import QuantizeWeights
+from passes.share_constants import ShareConstants
+from passes.store_codebooks import StoreCodebooks
+from passes.upgrade_opset import UpgradeOpset
+
+Activations = Literal["auto", 8, 16, "float"]
+LEAST = 1024  # bytes of a weight that is worth a chain of nodes
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for. rounding: None where nothing is. ranges: None tries AUTO_RANGES."""
+
+    layers: QuantizeLayers
+    is_asked: bool
+    activations: Activations
+    ranges: Ranges | None
+
+
+def ways(wanted: Wanted, model: Model, context: Context) -> Mapping[str, tuple[Pass, ...]]:
+    """The ways worth trying for a model, by name."""
+    convolves = bool(operators(model, context, channels=True))
+    if wanted.activations != "float" and (convolves or wanted.activations != "auto"):
+        return _in_integers(wanted)
+    found = {"rounded": _in_float(wanted)} if convolves or not _has_blocks(wanted) else {}
+    return {**found, **(blocks_of_four(model, context) if _has_blocks(wanted) else {})}
+
+
+def _has_blocks(wanted: Wanted) -> bool:
+    return wanted.layers.bits == NIBBLE and not wanted.is_asked
+
+
+def _opset(bits: int) -> int:
+    return NIBBLE_OPSET if bits == NIBBLE else least_opset(bits)
+
+
+def _in_float(wanted: Wanted) -> tuple[Pass, ...]:
+    layers = replace(wanted.layers, scales="apart", smallest=LEAST)
+    return (UpgradeOpset(_opset(layers.bits)), layers, StoreCodebooks())
+
+
+def _in_integers(wanted: Wanted) -> Mapping[str, tuple[Pass, ...]]:
+    """One way for each rule of ranges; layers are rounded once."""
+    wide = wanted.activations == 16
+    opset = max(_opset(wanted.layers.bits), WIDE_OPSET if wide else 0)
+    start = (UpgradeOpset(opset), wanted.layers)
+    rest = (QuantizeWeights(), StoreCodebooks(), ShareConstants())
+    first, *others = AUTO_RANGES if wanted.ranges is None else (wanted.ranges,)
+    rules = {"static": first, **{f"static, {rule}": rule for rule in others}}
+    bits: Literal[8, 16] = 16 if wide else 8
+    return {
+        name: (*start, Quantize(ranges=rule, activation_bits=bits), *rest)
+        for name, rule in rules.items()
+    }
