@@ -126,6 +126,17 @@ class Sequential(Protocol):
 
 
 @runtime_checkable
+class Relative(Protocol):
+    """A sequential pass whose goals are what the graph that it gets gives, not the original.
+
+    So it may follow a pass that scales tensors, whose values are not those of the original.
+    """
+
+    @property
+    def is_relative(self) -> bool: ...
+
+
+@runtime_checkable
 class Keeps(Protocol):
     """A pass that says whether statistics of the graph that it got hold for the one it leaves."""
 

@@ -21,7 +21,7 @@ from calib.data import Dataset
 from calib.statistics import Statistics, order_of
 from calib.twin import drift
 from onnxc.check import Feed, Snapshot, problems, snapshot
-from onnxc.core import Change, Context, Keeps, Key, Pass, Perturbs, Sequential, Skip
+from onnxc.core import Change, Context, Keeps, Key, Pass, Perturbs, Relative, Sequential, Skip
 from onnxc.errors import OnnxcError
 from onnxc.graph import Model, become, copy, opset
 from onnxc.rounds import InTurn
@@ -296,14 +296,21 @@ def compress(
             progress(pass_.name)
         infer(model, feed)
         known = (None, None) if steps else (state, source)
-        ready = _in_turn(model, pass_, calibration, progress)
+        original = _original(model, pass_, calibration)
+        ready = _in_turn(model, pass_, replace(calibration, original=original), progress)
         stats = gather(model, ready, context, calibration, progress, *known)
-        original = None if calibration.original is None else calibration.original.graph
-        now = replace(context, opset=opset(model.graph), stats=stats, original=original)
+        graph = None if original is None else original.graph
+        now = replace(context, opset=opset(model.graph), stats=stats, original=graph)
         step = replace(apply_pass(model, ready, now, feed, last), name=pass_.name)
         last = step.after or last
         steps.append(step)
     return steps
+
+
+def _original(model: Model, pass_: Pass, calibration: Calibration) -> Model | None:
+    """What a pass may compare with."""
+    is_relative = isinstance(pass_, Relative) and pass_.is_relative
+    return copy(model) if is_relative else calibration.original
 
 
 def _in_turn(
