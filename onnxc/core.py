@@ -126,14 +126,14 @@ class Sequential(Protocol):
 
 
 @runtime_checkable
-class Relative(Protocol):
-    """A sequential pass whose goals are what the graph that it gets gives, not the original.
+class Rescales(Protocol):
+    """A pass that leaves what the graph computes, but not what its tensors hold.
 
-    So it may follow a pass that scales tensors, whose values are not those of the original.
+    Later passes compare with the graph that it leaves, not with the original.
     """
 
     @property
-    def is_relative(self) -> bool: ...
+    def rescales(self) -> bool: ...
 
 
 @runtime_checkable

@@ -17,7 +17,9 @@ from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, least_opset
 from onnxc.core import Context, Pass
 from onnxc.graph import Model
 from onnxc.search import AUTO_RANGES, WIDE_OPSET, blocks_of_four, operators
+from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
+from passes.quantize_constants import QuantizeConstants
 from passes.quantize_layers import QuantizeLayers
 from passes.quantize_weights import QuantizeWeights
 from passes.share_constants import ShareConstants
@@ -30,7 +32,7 @@ LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for. rounding: None where nothing is. ranges: None tries AUTO_RANGES."""
+    """What is asked for. is_asked: whether the rounding was. ranges: None for the usual rule."""
 
     layers: QuantizeLayers
     is_asked: bool
@@ -38,11 +40,13 @@ class Wanted:
     ranges: Ranges | None
 
 
-def ways(wanted: Wanted, model: Model, context: Context) -> Mapping[str, tuple[Pass, ...]]:
+def ways(
+    wanted: Wanted, model: Model, context: Context, has_data: bool
+) -> Mapping[str, tuple[Pass, ...]]:
     """The ways worth trying for a model, by name."""
     convolves = bool(operators(model, context, channels=True))
     if wanted.activations != "float" and (convolves or wanted.activations != "auto"):
-        return _in_integers(wanted)
+        return _in_integers(wanted, has_data)
     found = {"rounded": _in_float(wanted)} if convolves or not _has_blocks(wanted) else {}
     return {**found, **(blocks_of_four(model, context) if _has_blocks(wanted) else {})}
 
@@ -60,16 +64,12 @@ def _in_float(wanted: Wanted) -> tuple[Pass, ...]:
     return (UpgradeOpset(_opset(layers.bits)), layers, StoreCodebooks())
 
 
-def _in_integers(wanted: Wanted) -> Mapping[str, tuple[Pass, ...]]:
-    """One way for each rule of ranges; layers are rounded once."""
-    wide = wanted.activations == 16
-    opset = max(_opset(wanted.layers.bits), WIDE_OPSET if wide else 0)
-    start = (UpgradeOpset(opset), wanted.layers)
-    rest = (QuantizeWeights(), StoreCodebooks(), ShareConstants())
-    first, *others = AUTO_RANGES if wanted.ranges is None else (wanted.ranges,)
-    rules = {"static": first, **{f"static, {rule}": rule for rule in others}}
-    bits: Literal[8, 16] = 16 if wide else 8
-    return {
-        name: (*start, Quantize(ranges=rule, activation_bits=bits), *rest)
-        for name, rule in rules.items()
-    }
+def _in_integers(wanted: Wanted, has_data: bool) -> Mapping[str, tuple[Pass, ...]]:
+    """Activations first, so that layers are rounded for what the runtime will give them."""
+    is_wide = wanted.activations == 16
+    opset = max(_opset(wanted.layers.bits), WIDE_OPSET if is_wide else 0)
+    start: tuple[Pass, ...] = (UpgradeOpset(opset), *((Equalize(),) if has_data else ()))
+    bits: Literal[8, 16] = 16 if is_wide else 8
+    activations = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits, weights=False)
+    integers = (activations, wanted.layers, QuantizeConstants())
+    return {"static": (*start, *integers, QuantizeWeights(), StoreCodebooks(), ShareConstants())}

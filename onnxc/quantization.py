@@ -96,7 +96,7 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
     if settings.is_rounded or settings.activations == 16:
         activations: Activations = "float" if is_float else settings.activations
         wanted = Wanted(_layers(settings), settings.rounding != "auto", activations, ranges)
-        return few_bits.ways(wanted, piece.model, piece.context)
+        return few_bits.ways(wanted, piece.model, piece.context, piece.has_data)
     return search.candidates(
         *(piece.model, piece.context, kind, ranges, settings.bits),
         pow2=settings.scheme == "fixed",

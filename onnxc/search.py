@@ -29,7 +29,15 @@ from onnxc.integer import weighted_nodes
 from onnxc.islands import suspects
 from onnxc.ops import knowledge
 from onnxc.pairs import Subject, excess
-from onnxc.pipeline import PREPARED, Calibration, Progress, Step, compress, keeps_statistics
+from onnxc.pipeline import (
+    PREPARED,
+    Calibration,
+    Progress,
+    Step,
+    compress,
+    keeps_statistics,
+    renewed,
+)
 from onnxc.runtime import Runtime
 from passes.correct_bias import CorrectBias
 from passes.equalize import Equalize
@@ -216,6 +224,7 @@ def build(
     """
     made: dict[tuple[Pass, ...], Built] = {PREPARED: (model, ())}
     sources: dict[tuple[Pass, ...], tuple[Pass, ...]] = {PREPARED: PREPARED}
+    known: dict[tuple[Pass, ...], Calibration] = {PREPARED: calibration}
     for passes in ways.values():
         for count, pass_ in enumerate(passes, 1):
             path, start = passes[:count], passes[: count - 1]
@@ -225,11 +234,12 @@ def build(
             result, last = copy(before), steps[-1].after if steps else None
             source = sources[start]
             (step,) = compress(
-                *(result, [pass_], context, calibration, feed, progress, last),
+                *(result, [pass_], context, known[start], feed, progress, last),
                 state=source,
                 source=made[source][0],
             )
             made[path] = result, (*steps, step)
+            known[path] = renewed(pass_, step, result, known[start])
             sources[path] = source if keeps_statistics(pass_, step) else path
     return {name: made[passes] for name, passes in ways.items()}
 

@@ -59,7 +59,6 @@ class QuantizeLayers:
 
     name: ClassVar[str] = "quantize-layers"
     lossless: ClassVar[bool] = False
-    is_relative: ClassVar[bool] = True
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     rounding: Method = "descent"
