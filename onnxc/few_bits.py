@@ -65,11 +65,16 @@ def _in_float(wanted: Wanted) -> tuple[Pass, ...]:
 
 
 def _in_integers(wanted: Wanted, has_data: bool) -> Mapping[str, tuple[Pass, ...]]:
-    """Activations first, so that layers are rounded for what the runtime will give them."""
+    """Activations first, so that layers are rounded for what the runtime will give them.
+
+    Statistics that were gathered before are not of quantized tensors: then layers come first.
+    """
     is_wide = wanted.activations == 16
     opset = max(_opset(wanted.layers.bits), WIDE_OPSET if is_wide else 0)
     start: tuple[Pass, ...] = (UpgradeOpset(opset), *((Equalize(),) if has_data else ()))
     bits: Literal[8, 16] = 16 if is_wide else 8
-    activations = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits, weights=False)
-    integers = (activations, wanted.layers, QuantizeConstants())
+    quantize = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits)
+    integers: tuple[Pass, ...] = (wanted.layers, quantize)
+    if has_data:
+        integers = (replace(quantize, weights=False), wanted.layers, QuantizeConstants())
     return {"static": (*start, *integers, QuantizeWeights(), StoreCodebooks(), ShareConstants())}
