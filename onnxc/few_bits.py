@@ -74,7 +74,7 @@ def _in_integers(wanted: Wanted, has_data: bool) -> Mapping[str, tuple[Pass, ...
     start: tuple[Pass, ...] = (UpgradeOpset(opset), *((Equalize(),) if has_data else ()))
     bits: Literal[8, 16] = 16 if is_wide else 8
     quantize = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits)
-    integers: tuple[Pass, ...] = (wanted.layers, quantize)
+    integers: tuple[Pass, ...] = (replace(wanted.layers, reconstruct=False), quantize)
     if has_data:
         integers = (replace(quantize, weights=False), wanted.layers, QuantizeConstants())
     return {"static": (*start, *integers, QuantizeWeights(), StoreCodebooks(), ShareConstants())}

@@ -67,6 +67,11 @@ class QuantizeLayers:
     scales: Literal["inside", "apart"] = "inside"
     smallest: int = 0
 
+    @property
+    def keeps_statistics(self) -> bool:
+        """Means come back to what they were; refit to a goal, the rest may move."""
+        return not self.reconstruct
+
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         found = layers(graph, context.only.names(graph))
         return [key for x in found if not self.obstacle(x, context) for key in x.keys]

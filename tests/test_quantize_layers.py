@@ -32,7 +32,8 @@ from passes.upgrade_opset import UpgradeOpset
 
 Array = NDArray[Any]
 
-X = {"x": normal(24, 3, 8, 8)}
+NOISE = normal(24, 3, 8, 8)
+X = {"x": NOISE + np.roll(NOISE, 1, -1) + np.roll(NOISE, 1, -2)}  # neighbours look alike
 NET = bind(
     """g (float[N,3,8,8] x, float[16,3,3,3] A, float[16,16,3,3] B, float[16,16,3,3] C,
           float[16] a, float[16] b, float[16] c, float[16,5] F) => (float[N,5] y) {
