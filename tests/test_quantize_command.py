@@ -247,8 +247,8 @@ def test_few_bits_run_in_integer_kernels_and_are_stored_small(capsys: Any) -> No
     assert found["after"]["bytes"] < found["before"]["bytes"] / 6
     assert found["comparison"]["agreement"] > 0.9
     names = [p.name for p in loads(found["recipe"]).passes]
-    order = ["equalize", "quantize", "quantize-layers", "quantize-constants"]
-    assert names[1:5] == order
+    order = ["quantize", "quantize-layers", "quantize-constants"]
+    assert [name for name in names if name in order] == order
     Path("r.toml").write_text(found["recipe"])
     report_of(capsys, "quantize", CNN, "--recipe", "r.toml", "-o", "2.onnx")
     assert Path("o.onnx").read_bytes() == Path("2.onnx").read_bytes()
