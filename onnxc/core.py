@@ -126,6 +126,17 @@ class Sequential(Protocol):
 
 
 @runtime_checkable
+class Rescales(Protocol):
+    """A pass that leaves what the graph computes, but not what its tensors hold.
+
+    Later passes compare with the graph that it leaves, not with the original.
+    """
+
+    @property
+    def rescales(self) -> bool: ...
+
+
+@runtime_checkable
 class Keeps(Protocol):
     """A pass that says whether statistics of the graph that it got hold for the one it leaves."""
 

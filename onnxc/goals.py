@@ -17,7 +17,15 @@ import onnx_graphsurgeon as gs
 from onnxc.core import Context, Goal, Key
 from onnxc.graph import captured
 from onnxc.moments import moments_key, why_no_moments
-from onnxc.ops import bounds, data_inputs, is_absorbed, is_constant, knowledge, weight_of
+from onnxc.ops import (
+    QUANTIZERS,
+    bounds,
+    data_inputs,
+    is_absorbed,
+    is_constant,
+    knowledge,
+    weight_of,
+)
 
 WIDEST = 4608  # inputs of a layer, √(groups d²): H takes a few copies of 8 bytes times its square
 
@@ -88,8 +96,8 @@ def _channels(node: gs.Node) -> tuple[int]:
 
 def _sum_goal(node: gs.Node, graph: gs.Graph, context: Context) -> Goal | None:
     """What the original's sum leaves for this node, where its output only goes into one."""
-    y = node.outputs[0]
     pinned = {t.name for t in graph.outputs} | captured(graph)
+    y = _behind_quantizers(node.outputs[0], pinned)
     if len(y.outputs) != 1 or y.name in pinned or not knowledge(y.outputs[0]).adds:
         return None
     add = y.outputs[0]
@@ -102,6 +110,15 @@ def _sum_goal(node: gs.Node, graph: gs.Graph, context: Context) -> Goal | None:
     if not _has_same_sum(add, context) or _depends_on_later(others[0], node, graph):
         return None
     return Goal(add.outputs[0].name, knowledge(node).y_axis, others[0].name)
+
+
+def _behind_quantizers(tensor: gs.Tensor, pinned: set[str]) -> gs.Tensor:
+    """What nodes read that read a tensor in few bits."""
+    while len(tensor.outputs) == 1 and tensor.name not in pinned:
+        if tensor.outputs[0].op not in QUANTIZERS:
+            break
+        tensor = tensor.outputs[0].outputs[0]
+    return tensor
 
 
 def _has_same_sum(add: gs.Node, context: Context) -> bool:

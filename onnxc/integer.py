@@ -14,6 +14,7 @@ from onnxc.core import Context, Skip
 from onnxc.graph import fresh, store, values
 from onnxc.numerics import fixed
 from onnxc.numerics.affine import Array, Grid, dequantize, quantize, weight_scales
+from onnxc.numerics.lattice import lattice_scales
 from onnxc.ops import groups, is_constant, knowledge, weight_of
 from onnxc.targets import Target
 
@@ -43,8 +44,11 @@ def weight_axis(node: gs.Node, context: Context) -> int | None:
 
 
 def scales(weight: Array, axis: int | None, grid: Grid, pow2: bool) -> Array:
-    """Symmetric scales of a weight, powers of two or not."""
-    return fixed.weight_scales(weight, axis, grid) if pow2 else weight_scales(weight, axis, grid)
+    """Symmetric scales of a weight, powers of two or not; those it was rounded at, if it was."""
+    if pow2:
+        return fixed.weight_scales(weight, axis, grid)
+    known = lattice_scales(weight, axis, grid.high)
+    return weight_scales(weight, axis, grid) if known is None else known
 
 
 def weighted_nodes(

@@ -21,7 +21,7 @@ from calib.data import Dataset
 from calib.statistics import Statistics, order_of
 from calib.twin import drift
 from onnxc.check import Feed, Snapshot, problems, snapshot
-from onnxc.core import Change, Context, Keeps, Key, Pass, Perturbs, Sequential, Skip
+from onnxc.core import Change, Context, Keeps, Key, Pass, Perturbs, Rescales, Sequential, Skip
 from onnxc.errors import OnnxcError
 from onnxc.graph import Model, become, copy, opset
 from onnxc.rounds import InTurn
@@ -302,8 +302,15 @@ def compress(
         now = replace(context, opset=opset(model.graph), stats=stats, original=original)
         step = replace(apply_pass(model, ready, now, feed, last), name=pass_.name)
         last = step.after or last
+        calibration = renewed(pass_, step, model, calibration)
         steps.append(step)
     return steps
+
+
+def renewed(pass_: Pass, step: Step, model: Model, calibration: Calibration) -> Calibration:
+    """What passes behind a step compare with: the model it left, where it scaled tensors."""
+    is_scaled = isinstance(pass_, Rescales) and pass_.rescales and bool(step.changes)
+    return replace(calibration, original=copy(model)) if is_scaled else calibration
 
 
 def _in_turn(

@@ -29,7 +29,15 @@ from onnxc.integer import weighted_nodes
 from onnxc.islands import suspects
 from onnxc.ops import knowledge
 from onnxc.pairs import Subject, excess
-from onnxc.pipeline import PREPARED, Calibration, Progress, Step, compress, keeps_statistics
+from onnxc.pipeline import (
+    PREPARED,
+    Calibration,
+    Progress,
+    Step,
+    compress,
+    keeps_statistics,
+    renewed,
+)
 from onnxc.runtime import Runtime
 from passes.correct_bias import CorrectBias
 from passes.equalize import Equalize
@@ -108,11 +116,11 @@ def candidates(
     if pow2:
         return {"fixed": _fixed(ranges, bits, has_data)}
     if bits == 4:
-        return _four_bits(model, context)
+        return blocks_of_four(model, context)
     rest = (QuantizeWeights(), ShareConstants())
     integers: tuple[Pass, ...] = (ToQOperator(),) if format_ == "qoperator" else ()
     start = _start(has_data)
-    convolutions = _operators(model, context, channels=True)
+    convolutions = operators(model, context, channels=True)
     mixed = (
         *_start(has_data, ops=convolutions),
         Quantize(ranges=first, ops=convolutions),
@@ -160,14 +168,14 @@ def _fixed(ranges: Ranges | None, bits: int, has_data: bool) -> tuple[Pass, ...]
     return (*_start(has_data, power_of_two=True), narrow)
 
 
-def _four_bits(model: Model, context: Context) -> dict[str, tuple[Pass, ...]]:
+def blocks_of_four(model: Model, context: Context) -> dict[str, tuple[Pass, ...]]:
     """Weights of 4 bits in blocks, expanded at load or multiplied as they are."""
     upgrade = UpgradeOpset(WIDE_OPSET)
     ways: dict[str, tuple[Pass, ...]] = {
         "weight-only": (upgrade, QuantizeWeights(bits=4, block=BLOCK)),
         "MatMulNBits": (upgrade, QuantizeWeights(bits=4, block=BLOCK, form="matmulnbits")),
     }
-    if not _operators(model, context, channels=False):
+    if not operators(model, context, channels=False):
         del ways["MatMulNBits"]
     return ways
 
@@ -177,8 +185,8 @@ def _worth_trying(model: Model, context: Context, format_: Format) -> tuple[str,
         return (format_,)
     if format_ in ("qdq", "qoperator"):
         return ("static",)
-    convolutions = _operators(model, context, channels=True)
-    products = _operators(model, context, channels=False)
+    convolutions = operators(model, context, channels=True)
+    products = operators(model, context, channels=False)
     if not convolutions and not products:
         return ("dynamic", "weight-only")
     if not convolutions:
@@ -188,7 +196,7 @@ def _worth_trying(model: Model, context: Context, format_: Format) -> tuple[str,
     return ("static", "mixed", "weight-only")
 
 
-def _operators(model: Model, context: Context, channels: bool) -> tuple[str, ...]:
+def operators(model: Model, context: Context, channels: bool) -> tuple[str, ...]:
     """Operators of the heavy nodes with integer kernels: convolutions, or the others."""
     nodes = weighted_nodes(model.graph, context)
     return tuple(sorted({n.op for n in nodes if knowledge(n).float_output != channels}))
@@ -216,6 +224,7 @@ def build(
     """
     made: dict[tuple[Pass, ...], Built] = {PREPARED: (model, ())}
     sources: dict[tuple[Pass, ...], tuple[Pass, ...]] = {PREPARED: PREPARED}
+    known: dict[tuple[Pass, ...], Calibration] = {PREPARED: calibration}
     for passes in ways.values():
         for count, pass_ in enumerate(passes, 1):
             path, start = passes[:count], passes[: count - 1]
@@ -225,11 +234,12 @@ def build(
             result, last = copy(before), steps[-1].after if steps else None
             source = sources[start]
             (step,) = compress(
-                *(result, [pass_], context, calibration, feed, progress, last),
+                *(result, [pass_], context, known[start], feed, progress, last),
                 state=source,
                 source=made[source][0],
             )
             made[path] = result, (*steps, step)
+            known[path] = renewed(pass_, step, result, known[start])
             sources[path] = source if keeps_statistics(pass_, step) else path
     return {name: made[passes] for name, passes in ways.items()}
 

@@ -70,6 +70,7 @@ class Equalize:
 
     name: ClassVar[str] = "equalize"
     lossless: ClassVar[bool] = False
+    rescales: ClassVar[bool] = True
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         for group in self._groups(graph, context):

@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from calib.observers import HistogramObserver
 from calib.ranges import choose, squared_error
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import constant, fresh, nbytes, replace_uses, store, values
-from onnxc.integer import activation_grid, refused_nodes, scales, weight_axis, weight_grid
+from onnxc.graph import constant, fresh, nbytes, replace_uses, values
+from onnxc.held import Constants
+from onnxc.integer import activation_grid, refused_nodes
 from onnxc.numerics import fixed
-from onnxc.numerics.affine import Grid, bias_guard, parameters, quantize
+from onnxc.numerics.affine import Grid, parameters
 from onnxc.ops import is_absorbed, knowledge, weight_of
 from onnxc.placement import Placement, behind_activation, place
 
 Ranges = Literal["minmax", "percentile", "entropy", "mse"]
 WIDE_OPSET = 21  # the first whose Q/DQ take 16 bits
-BIAS_LIMIT = 2.0**31 - 1
 
 Array = NDArray[Any]
 
@@ -42,6 +42,7 @@ class Quantize:
     power_of_two: scales are powers of two. ops: only heavy nodes of these operators; empty for all.
     leave: heavy nodes to leave float, whose Q/DQ pairs cost more than their kernels gain.
     per_tensor: one scale for all of a weight, so that a weight of few values keeps them few.
+    weights: whether weights are quantized, too; if not, `quantize-constants` may do it later.
     """
 
     name: ClassVar[str] = "quantize"
@@ -55,6 +56,7 @@ class Quantize:
     ops: tuple[str, ...] = ()
     leave: tuple[str, ...] = ()
     per_tensor: bool = False
+    weights: bool = True
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         return self._placement(graph, context).keys().values()
@@ -118,8 +120,8 @@ class _Writer:
         self.placement = placement
         self.integer = {id(node) for node in placement.integer}
         self.scales = {root: self._choose(key) for root, key in placement.keys().items()}
-        self.weights: dict[tuple[int, int | None, bytes], gs.Tensor] = {}
-        self.first: list[gs.Node] = []  # DQ of constants
+        bits, pow2 = settings.bits, settings.power_of_two
+        self.constants = Constants(graph, context, bits, pow2, settings.per_tensor)
         self.ahead: list[gs.Node] = []  # Q/DQ of graph inputs
         self.after: dict[str, list[gs.Node]] = {}
 
@@ -128,7 +130,7 @@ class _Writer:
         makers = {t.name: n for n in self.graph.nodes for t in n.outputs}
         for name, tensor in self.placement.tensors.items():
             self._pair(tensor, makers.get(name))
-        nodes = [*self.first, *self.ahead]
+        nodes = [*self.constants.nodes, *self.ahead]
         for node in self.graph.nodes:
             nodes += [node, *self.after.get(node.name, ())]
         self.graph.nodes = nodes
@@ -151,11 +153,11 @@ class _Writer:
         weight = weight_of(node) if knowledge(node).role == "weighted" else None
         if weight is None:
             return Change(node.name, f"{node.op} in integers")
-        before = nbytes(weight)
-        scale = self._weight(node, weight)
-        self._bias(node, scale)
         self._shield_bias(node)
-        bits = self.settings.bits
+        if not self.settings.weights:
+            return Change(node.name, f"{node.op} on integers, with float weights")
+        before, bits = nbytes(weight), self.settings.bits
+        scale = self.constants.write(node, self._scale(node.inputs[0].name)[0])
         what = f"int{bits} weights, {scale.size} scale{'s' if scale.size > 1 else ''}"
         if self.settings.power_of_two:
             what = self._formats(node, scale)
@@ -174,49 +176,6 @@ class _Writer:
         scale, zero = self._scale(tensor)
         return fixed.name(float(scale), self.settings.activation_bits, zero.dtype.kind == "i")
 
-    def _weight(self, node: gs.Node, weight: gs.Constant) -> Array:
-        """Replace the weight by DQ(integers); returns the scales (channels,) or ()."""
-        grid = weight_grid(self.context.target, self.settings.bits)
-        axis = None if self.settings.per_tensor else weight_axis(node, self.context)
-        array = values(weight)
-        scale = self._guarded(node, scales(array, axis, grid, self.settings.power_of_two))
-        key = (id(weight), axis, scale.tobytes())
-        if key not in self.weights:
-            q = quantize(array, scale, 0, grid, axis)
-            self.weights[key] = self._dequantized(weight.name, q, scale, axis)
-        position = knowledge(node).weight
-        assert position is not None
-        node.inputs[position] = self.weights[key]
-        return scale
-
-    def _guarded(self, node: gs.Node, scale: Array) -> Array:
-        """Scales of a weight raised until the bias fits its int32."""
-        bias = self._bias_of(node)
-        if bias is None or not bias.size:
-            return scale
-        s_x, _ = self._scale(node.inputs[0].name)
-        raised = bias_guard(bias if scale.ndim else np.abs(bias).max(), float(s_x), scale)
-        return (
-            fixed.power_of_two(raised).astype(np.float32) if self.settings.power_of_two else raised
-        )
-
-    def _bias_of(self, node: gs.Node) -> Array | None:
-        position = knowledge(node).bias
-        if position is None or position >= len(node.inputs) or not node.inputs[position].name:
-            return None
-        return values(node.inputs[position]).reshape(-1)
-
-    def _bias(self, node: gs.Node, scale: Array) -> None:
-        bias, position = self._bias_of(node), knowledge(node).bias
-        if bias is None or position is None:
-            return
-        s_x, _ = self._scale(node.inputs[0].name)
-        s_b = (np.float64(s_x) * scale.astype(np.float64)).astype(np.float32)
-        q = np.rint(bias / s_b.astype(np.float64))
-        q = np.clip(q, -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32)
-        axis = 0 if s_b.ndim else None
-        node.inputs[position] = self._dequantized(node.inputs[position].name, q, s_b, axis)
-
     def _shield_bias(self, node: gs.Node) -> None:
         """Make the bias in an Add behind a product that returns float a matrix of one row.
 
@@ -234,18 +193,6 @@ class _Writer:
                 ):
                     row = values(tensor).reshape(1, -1)
                     reader.inputs[position] = constant(fresh(self.graph, f"{tensor.name}_row"), row)
-
-    def _dequantized(self, name: str, q: Array, scale: Array, axis: int | None) -> gs.Tensor:
-        """q -> DQ; its output."""
-        parts = {"quantized": q, "scale": scale}
-        if q.dtype != np.int32:
-            parts["zero_point"] = np.zeros(scale.shape, q.dtype)
-        inputs = [store(self.graph, fresh(self.graph, f"{name}_{k}"), v) for k, v in parts.items()]
-        out = gs.Variable(fresh(self.graph, f"{name}_dequantized"), np.float32, q.shape)
-        attrs = {} if axis is None else {"axis": axis}
-        node_name = fresh(self.graph, f"{name}_DequantizeLinear")
-        self.first.append(gs.Node("DequantizeLinear", node_name, attrs, inputs, [out]))
-        return out
 
     def _pair(self, tensor: gs.Tensor, maker: gs.Node | None) -> None:
         """tensor -> Q -> DQ -> its readers; those in float read the tensor, if it is float."""

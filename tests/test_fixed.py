@@ -284,7 +284,10 @@ def test_16_bits_need_opset_21() -> None:
         ({"scheme": "fixed", "bits": 4}, "8 or 16 bits"),
         ({"bits": 16}, "--scheme fixed"),
         ({"bits": 16, "format": "dynamic"}, "--scheme fixed"),
-        ({"bits": 4, "format": "qdq"}, "weight-only"),
+        ({"scheme": "fixed", "rounding": "descent"}, "no --rounding"),
+        ({"bits": 4, "format": "qoperator"}, "qdq or weight-only"),
+        ({"activations": "float", "format": "qdq"}, "weight-only"),
+        ({"activations": 8, "format": "weight-only"}, "--format qdq"),
         ({"bits": 4, "format": "dynamic"}, "weight-only"),
     ],
 )

@@ -237,3 +237,50 @@ def test_steps_and_samples_are_told() -> None:
     api.quantize(CNN, data=CNN_DATA, output="o.onnx", samples=40, progress=told.append)
     assert any(text.endswith("calibrating 32/32") for text in told)
     assert told.index("loading") < told.index("measuring") < told.index("writing")
+
+
+def test_few_bits_run_in_integer_kernels_and_are_stored_small(capsys: Any) -> None:
+    arguments = ("quantize", CNN, "--data", CNN_DATA, "--samples", 40, "--bits", 3)
+    found = report_of(capsys, *arguments, "-o", "o.onnx")
+    assert (found["way"], found["output"]) == ("static", "o.onnx")
+    assert found["coverage"]["integer"] == found["coverage"]["total"] == 10
+    assert found["after"]["bytes"] < found["before"]["bytes"] / 6
+    assert found["comparison"]["agreement"] > 0.9
+    names = [p.name for p in loads(found["recipe"]).passes]
+    order = ["quantize", "quantize-layers", "quantize-constants"]
+    assert [name for name in names if name in order] == order
+    Path("r.toml").write_text(found["recipe"])
+    report_of(capsys, "quantize", CNN, "--recipe", "r.toml", "-o", "2.onnx")
+    assert Path("o.onnx").read_bytes() == Path("2.onnx").read_bytes()
+
+
+def test_few_bits_with_float_activations_compute_in_float(capsys: Any) -> None:
+    arguments = ("quantize", CNN, "--data", CNN_DATA, "--samples", 20, "--activations", "float")
+    found = report_of(capsys, *arguments, "--bits", 2, "--rounding", "gptq", "-o", "o.onnx")
+    assert (found["way"], found["coverage"]["integer"]) == ("rounded", 0)
+    assert found["after"]["bytes"] < found["before"]["bytes"] / 6
+    assert found["count"] >= 9
+
+
+def test_products_alone_get_few_bits_in_float(capsys: Any) -> None:
+    arguments = ("quantize", TOKENS, "--data", TOKEN_DATA, "--samples", 20, "--bits", 3)
+    found = report_of(capsys, *arguments, "-o", "o.onnx")
+    assert (found["way"], found["coverage"]["integer"]) == ("rounded", 0)
+    assert found["after"]["bytes"] < found["before"]["bytes"] / 4
+    assert found["comparison"]["agreement"] > 0.8
+
+
+def test_few_bits_of_statistics_are_rounded_by_moments(capsys: Any) -> None:
+    arguments = ("calibrate", CNN, "--data", CNN_DATA, "--samples", 30, "-o", "s.npz")
+    assert call(*arguments, "--what", "histogram,moments") == 0
+    capsys.readouterr()
+    found = report_of(capsys, "quantize", CNN, "--stats", "s.npz", "--bits", 4, "-o", "o.onnx")
+    assert found["coverage"]["integer"] == found["coverage"]["total"] == 10
+    told = [c["what"] for c in found["changes"] if " of its output lost" in c["what"]]
+    assert len(told) == 10 and not any("if inputs are alike" in what for what in told)
+
+
+def test_few_bits_with_no_data_at_all(capsys: Any) -> None:
+    found = report_of(capsys, "quantize", CNN, "--bits", 4, "-o", "o.onnx")
+    assert found["coverage"]["integer"] == 10
+    assert "synthesized" in found["headline"]

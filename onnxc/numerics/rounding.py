@@ -5,7 +5,8 @@
 with one scale s for each output, or one for each block of columns of an output. METHODS:
 
     nearest     each weight by itself
-    gptq        columns feed forward what they miss        Frantar 2022; Chee 2023
+    gptq        columns feed forward what they miss,       Frantar 2022; Chee 2023
+                or nearest for outputs that lose less so
     descent     from the better of both, codes by coordinate descent on the error of the outputs
                 and scales for these codes, in turn        the objective of Nagel 2020, AdaRound
     admm        the same from the best of these and ADMM   Leng 2018; slow, for 3 bits and fewer
@@ -193,8 +194,8 @@ def _nearest(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Coded
 
 
 def _gptq(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Coded:
-    *_, last = coded.starts(W, E, family, [scales])
-    return last
+    best, _, _ = coded.best_of(W, E, coded.starts(W, E, family, [scales]))
+    return best
 
 
 def _starts(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Iterator[Coded]:
