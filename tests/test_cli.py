@@ -334,7 +334,7 @@ def test_quantize_passes_its_options_on(asked: dict[str, Any], tmp_path: Path) -
     assert asked["preprocess"].size == "240x320"
     assert asked["preprocess"].mean == (0.1, 0.2, 0.3)
     assert asked["preprocess"].scale == pytest.approx(1 / 255, abs=1e-12)
-    assert asked["settings"] == api.QuantizeSettings("weight-only", "affine", 4, "mse")
+    assert asked["settings"] == api.QuantizeSettings("weight-only", "affine", 4, ranges="mse")
     assert (asked["include"], asked["exclude"]) == (("/a/*", "op:Conv"), ("b",))
     assert asked["max_memory"] == 1_500_000_000
     assert asked["runtime"] == Runtime(threads=2, level="basic")
