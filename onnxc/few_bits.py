@@ -1,8 +1,8 @@
 """Ways to quantize weights to few bits, rounded layer after layer (`passes.quantize_layers`).
 
-    static        on few integers in front of DequantizeLinear, for kernels that compute in 8 bits
-    rounded       the same integers with their scales in a Mul; the model computes in float
-    weight-only   4 bits in blocks, where nothing was said about rounding
+    static, rounded   on few integers in front of DequantizeLinear, for kernels of 8 bits
+    rounded           the same with their scales in a Mul; the model computes in float
+    weight-only       4 bits in blocks, where nothing was said about rounding
 
 Integers are stored in as many bits as they have, and unpacked as ONNX Runtime loads the file.
 """
@@ -94,4 +94,5 @@ def _in_integers(
     integers: tuple[Pass, ...] = (replace(wanted.layers, reconstruct=False), quantize)
     if has_data:
         integers = (replace(quantize, weights=False), wanted.layers, QuantizeConstants())
-    return {"static": (*start, *integers, QuantizeWeights(), StoreCodebooks(), ShareConstants())}
+    rest = (QuantizeWeights(), StoreCodebooks(), ShareConstants())
+    return {"static, rounded": (*start, *integers, *rest)}

@@ -94,8 +94,7 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
     is_float = "float" in (settings.activations, settings.format.replace("weight-only", "float"))
     kind = "weight-only" if is_float else settings.format
     if settings.is_rounded or settings.activations == 16:
-        activations: Activations = "float" if is_float else settings.activations
-        wanted = Wanted(_layers(settings), settings.rounding != "auto", activations, ranges)
+        wanted = _wanted(settings, is_float)
         return few_bits.ways(wanted, piece.model, piece.context, piece.has_data)
     return search.candidates(
         *(piece.model, piece.context, kind, ranges, settings.bits),
@@ -104,12 +103,26 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
     )
 
 
+def _wanted(settings: QuantizeSettings, is_float: bool = False) -> Wanted:
+    activations: Activations = "float" if is_float else settings.activations
+    ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
+    return Wanted(_layers(settings), settings.rounding != "auto", activations, ranges)
+
+
 def _layers(settings: QuantizeSettings) -> QuantizeLayers:
     assert settings.bits != 16
     rounding = "descent" if settings.rounding == "auto" else settings.rounding
     return QuantizeLayers(settings.bits, rounding, settings.keep_ends)
 
 
-def rescue(settings: QuantizeSettings, has_data: bool) -> Mapping[str, tuple[Pass, ...]]:
-    """What is tried where all else falls short; nothing where something was asked for by name."""
-    return search.fallback(has_data) if settings == QuantizeSettings() else {}
+def rescue(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
+    """What is tried where all else falls short; nothing where something was asked for by name.
+
+    Weights only, which is never slower, and weights rounded for their outputs, which takes longer.
+    """
+    if settings != QuantizeSettings():
+        return {}
+    found = search.fallback(piece.has_data)
+    if not (piece.has_data and search.operators(piece.model, piece.context, channels=True)):
+        return found
+    return {**found, **few_bits.ways(_wanted(settings), piece.model, piece.context, True)}

@@ -4,6 +4,7 @@
     mixed         static convolutions, other heavy nodes quantized on the fly
     dynamic       activations quantized on the fly, for MatMul, Gemm and LSTM
     weight-only   int8 or int4 weights in the file, float arithmetic: always smaller
+    rounded       static, weights rounded for their outputs (`onnxc.few_bits`), if others fall short
     fixed         static with scales that are powers of two
 
 Each candidate is built, run on held-out samples and timed in turn with the float model. Of those

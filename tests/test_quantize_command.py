@@ -14,7 +14,7 @@ from calls import call, report_of
 
 import onnxc
 from calib.data import Preprocess
-from onnxc import api, request
+from onnxc import api, request, search
 from onnxc.cost import inspect
 from onnxc.errors import OptionError
 from onnxc.recipe import Recipe, loads
@@ -284,3 +284,17 @@ def test_few_bits_with_no_data_at_all(capsys: Any) -> None:
     found = report_of(capsys, "quantize", CNN, "--bits", 4, "-o", "o.onnx")
     assert found["coverage"]["integer"] == 10
     assert "synthesized" in found["headline"]
+
+
+def test_weights_are_rounded_for_their_outputs_where_all_else_falls_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings: dict[str, Any] = {"data": CNN_DATA, "samples": 40}
+    plain = onnxc.quantize(CNN, output="plain.onnx", **settings)
+    assert not any("rounded" in note for note in plain.notes)
+    assert plain.comparison is not None
+    monkeypatch.setattr(search, "FLOOR", plain.comparison.sqnr + 0.01)
+    rescued = onnxc.quantize(CNN, output="rescued.onnx", **settings)
+    assert any("static, rounded: " in note for note in rescued.notes)
+    assert rescued.comparison is not None
+    assert rescued.comparison.sqnr >= plain.comparison.sqnr
