@@ -20,11 +20,15 @@ from numpy.typing import NDArray
 from onnxc.biases import bias_of, has_place
 from onnxc.core import Change, Context, Goal, Key, Skip
 from onnxc.goals import goal_of, has_bias, key_of, why_no_goal
-from onnxc.graph import nbytes
+from onnxc.graph import nbytes, values
+from onnxc.integer import refusal
 from onnxc.matrices import Layer, error, place, shift_biases
 from onnxc.numerics.aim import Aim
+from onnxc.numerics.lattice import lattice_scales
 from onnxc.numerics.sparse import Quadratic
+from onnxc.ops import knowledge
 from onnxc.refits import set_bias
+from onnxc.targets import Target
 
 Array = NDArray[Any]
 
@@ -52,6 +56,22 @@ def layer_goal(layer: Layer, graph: gs.Graph, context: Context) -> Goal | None:
     if others or not layer.is_linear or why_no_goal(first, context):
         return None
     return goal_of(first, graph, context)
+
+
+def unfit(layer: Layer, target: Target) -> str:
+    """Why kernels of a target would not compute in integers of a layer; empty if they do."""
+    reasons = (refusal(node, target) for node in layer.nodes)
+    reason = next(filter(None, reasons), "")
+    if not reason and layer.is_overlapping:
+        return f"several rows of its weight make an output of {layer.nodes[0].op}"
+    return reason
+
+
+def is_on_lattice(layer: Layer, bits: int) -> bool:
+    """Whether a weight is integers of so many bits already, times a scale for each output."""
+    axis = knowledge(layer.nodes[0]).out_axis
+    along = None if axis is None else axis(layer.nodes[0])
+    return lattice_scales(values(layer.weight), along, 2 ** (bits - 1)) is not None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ Runtime computes at load, the model computes in float. `store_codebooks` makes t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -28,15 +28,13 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from onnxc.core import Change, Context, Key, Pass, Skip, register
-from onnxc.fitted import FitLayer, Made, layer_goal
-from onnxc.graph import values
-from onnxc.integer import refusal, weight_grid
+from onnxc.ends import ends
+from onnxc.fitted import FitLayer, Made, is_on_lattice, layer_goal, unfit
+from onnxc.integer import weight_grid
 from onnxc.matrices import Layer, LeaveOut, layers, outside
 from onnxc.numerics.affine import Grid
-from onnxc.numerics.lattice import lattice_scales
 from onnxc.numerics.rounding import Method, Rounded, Wish, rounded
 from onnxc.numerics.sparse import Quadratic
-from onnxc.ops import data_inputs, knowledge
 
 Array = NDArray[Any]
 
@@ -89,7 +87,8 @@ class QuantizeLayers:
 
     def _step(self, layer: Layer, bits: int, graph: gs.Graph, context: Context) -> Pass:
         goal = layer_goal(layer, graph, context) if self.reconstruct else None
-        reason = self.obstacle(layer, context) or _done(layer, bits)
+        is_done = is_on_lattice(layer, bits)
+        reason = self.obstacle(layer, context) or (f"it has {bits} bits already" * is_done)
         made = partial(self._made, bits, context)
         return FitLayer(layer, goal, reason, made, "rounded", ("rounded", "refit"))
 
@@ -98,21 +97,11 @@ class QuantizeLayers:
         if layer.obstacle:
             return layer.obstacle
         if self.scales == "inside":
-            return self._unfit(layer, context)
+            return unfit(layer, context.target)
         size = layer.size * np.dtype(layer.weight.dtype).itemsize
         if size < self.smallest:
             return f"its weight has {size} bytes, fewer than {self.smallest}"
-        shape = (*layer.matrix.shape[:2], 1)
-        is_apart = layer.gain(np.arange(1.0, 1 + np.prod(shape)).reshape(shape)) is not None
-        return "" if is_apart else "its outputs lie along all axes of its weight"
-
-    def _unfit(self, layer: Layer, context: Context) -> str:
-        """Why kernels would not compute in these integers."""
-        reasons = (refusal(node, context.target) for node in layer.nodes)
-        reason = next(filter(None, reasons), "")
-        if not reason and layer.is_overlapping:
-            return f"several rows of its weight make an output of {layer.nodes[0].op}"
-        return reason
+        return "" if layer.has_gains else "its outputs lie along all axes of its weight"
 
     def grid(self, bits: int, context: Context) -> Grid:
         """The integers of a weight; of 8 bits those that the kernels of the target take."""
@@ -127,31 +116,3 @@ class QuantizeLayers:
         made = self.solve(W, E, bits, context)
         parts = None if self.scales == "inside" else (made.codes, made.scales)
         return Made(made.weight, f"{bits} bits", parts)
-
-
-def _done(layer: Layer, bits: int) -> str:
-    """Why nothing is left to do."""
-    axis = knowledge(layer.nodes[0]).out_axis
-    along = None if axis is None else axis(layer.nodes[0])
-    is_done = lattice_scales(values(layer.weight), along, 2 ** (bits - 1)) is not None
-    return f"it has {bits} bits already" if is_done else ""
-
-
-def ends(graph: gs.Graph) -> frozenset[str]:
-    """Names of heavy nodes that no other heavy node comes before, or behind."""
-    heavy = [node for node in graph.nodes if knowledge(node).window is not None]
-    return frozenset(_leading(graph.nodes, heavy) | _leading(graph.nodes[::-1], heavy, True))
-
-
-def _leading(nodes: Collection[gs.Node], heavy: list[gs.Node], back: bool = False) -> set[str]:
-    """Heavy nodes that depend on none, of nodes in order."""
-    are_heavy, behind, found = {id(n) for n in heavy}, set[int](), set[str]()
-    for node in nodes:
-        near = node.outputs if back else data_inputs(node) or node.inputs
-        linked = [n for t in near for n in (t.outputs if back else t.inputs)]
-        is_behind = any(id(n) in behind or id(n) in are_heavy for n in linked)
-        if is_behind:
-            behind.add(id(node))
-        elif id(node) in are_heavy:
-            found.add(node.name)
-    return found
