@@ -1,10 +1,12 @@
-"""Ways to quantize weights to few bits, rounded layer after layer (`passes.quantize_layers`).
+"""Ways to quantize weights to few bits, layer after layer.
 
     static, rounded   on few integers in front of DequantizeLinear, for kernels of 8 bits
     rounded           the same with their scales in a Mul; the model computes in float
+    SCHEME            levels of another scheme than rounding; the model computes in float
     weight-only       4 bits in blocks, where nothing was said about rounding
 
-Integers are stored in as many bits as they have, and unpacked as ONNX Runtime loads the file.
+(`passes.quantize_layers`, `passes.quantize_levels`.) Codes are stored in as many bits as they have,
+and unpacked as ONNX Runtime loads the file.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Literal
 
 from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, least_opset
 from onnxc.core import Context, Pass
+from onnxc.errors import OptionError
 from onnxc.graph import Model
 from onnxc.ops import bounds, is_absorbed
 from onnxc.search import AUTO_RANGES, WIDE_OPSET, blocks_of_four, operators
@@ -23,12 +26,14 @@ from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
 from passes.quantize_constants import QuantizeConstants
 from passes.quantize_layers import QuantizeLayers
+from passes.quantize_levels import QuantizeLevels, why_no_integers
 from passes.quantize_weights import QuantizeWeights
 from passes.share_constants import ShareConstants
 from passes.store_codebooks import StoreCodebooks
 from passes.upgrade_opset import UpgradeOpset
 
 Activations = Literal["auto", 8, 16, "float"]
+IN_FLOAT = ", in float"  # ends the names of ways on levels
 LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 
 
@@ -36,7 +41,7 @@ LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 class Wanted:
     """What is asked for. is_asked: whether the rounding was. ranges: None for the usual rule."""
 
-    layers: QuantizeLayers
+    layers: QuantizeLayers | QuantizeLevels
     is_asked: bool
     activations: Activations
     ranges: Ranges | None
@@ -45,12 +50,29 @@ class Wanted:
 def ways(
     wanted: Wanted, model: Model, context: Context, has_data: bool
 ) -> Mapping[str, tuple[Pass, ...]]:
-    """The ways worth trying for a model, by name."""
+    """The ways worth trying for a model, by name.
+
+    Raises OptionError for integers of levels that are none.
+    """
+    if isinstance(wanted.layers, QuantizeLevels):
+        return _of_levels(wanted, wanted.layers, model, context, has_data)
     convolves = bool(operators(model, context, channels=True))
     if wanted.activations != "float" and (convolves or wanted.activations != "auto"):
         return _in_integers(wanted, has_data, _is_clipped(model))
     found = {"rounded": _in_float(wanted)} if convolves or not _has_blocks(wanted) else {}
     return {**found, **(blocks_of_four(model, context) if _has_blocks(wanted) else {})}
+
+
+def _of_levels(
+    wanted: Wanted, levels: QuantizeLevels, model: Model, context: Context, has_data: bool
+) -> Mapping[str, tuple[Pass, ...]]:
+    if wanted.activations in ("auto", "float"):
+        return {f"{levels.summary}{IN_FLOAT}": _in_float(wanted)}
+    reason = why_no_integers(levels, context.target)
+    if reason:
+        kernels = f"kernels of {context.target.name} do not take: use --activations float"
+        raise OptionError(f"{reason}, which {kernels}")
+    return _in_integers(wanted, has_data, _is_clipped(model))
 
 
 def _has_blocks(wanted: Wanted) -> bool:

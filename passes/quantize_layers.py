@@ -17,8 +17,9 @@ Runtime computes at load, the model computes in float. `store_codebooks` makes t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -26,19 +27,14 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxc.biases import bias_of
-from onnxc.core import Change, Context, Goal, Key, Pass, Skip, register
-from onnxc.goals import goal_of, has_bias, key_of, why_no_goal
-from onnxc.graph import values
-from onnxc.integer import refusal, weight_grid
-from onnxc.matrices import Layer, LeaveOut, error, layers, outside, place, shift_biases
+from onnxc.core import Change, Context, Key, Pass, Skip, register
+from onnxc.ends import ends
+from onnxc.fitted import FitLayer, Made, is_on_lattice, layer_goal, unfit
+from onnxc.integer import weight_grid
+from onnxc.matrices import Layer, LeaveOut, layers, outside
 from onnxc.numerics.affine import Grid
-from onnxc.numerics.aim import Aim
-from onnxc.numerics.lattice import lattice_scales
 from onnxc.numerics.rounding import Method, Rounded, Wish, rounded
 from onnxc.numerics.sparse import Quadratic
-from onnxc.ops import data_inputs, knowledge
-from onnxc.refits import set_bias
 
 Array = NDArray[Any]
 
@@ -87,36 +83,25 @@ class QuantizeLayers:
         kept = ends(graph) if self.keep_ends else frozenset[str]()
         for layer in layers(graph, context.only.names(graph)):
             bits = WIDEST if any(n.name in kept for n in layer.nodes) else self.bits
-            yield RoundLayer(self, layer, self.goal(layer, graph, context), bits)
+            yield self._step(layer, bits, graph, context)
 
-    def goal(self, layer: Layer, graph: gs.Graph, context: Context) -> Goal | None:
-        """What a layer ought to give, where that is known."""
-        first, *others = layer.nodes
-        is_fit = self.reconstruct and layer.is_linear and not others
-        if not is_fit or why_no_goal(first, context):
-            return None
-        return goal_of(first, graph, context)
+    def _step(self, layer: Layer, bits: int, graph: gs.Graph, context: Context) -> Pass:
+        goal = layer_goal(layer, graph, context) if self.reconstruct else None
+        is_done = is_on_lattice(layer, bits)
+        reason = self.obstacle(layer, context) or (f"it has {bits} bits already" * is_done)
+        made = partial(self._made, bits, context)
+        return FitLayer(layer, goal, reason, made, "rounded", ("rounded", "refit"))
 
     def obstacle(self, layer: Layer, context: Context) -> str:
         """Why a weight stays as it is; empty if it need not."""
         if layer.obstacle:
             return layer.obstacle
         if self.scales == "inside":
-            return self._unfit(layer, context)
+            return unfit(layer, context.target)
         size = layer.size * np.dtype(layer.weight.dtype).itemsize
         if size < self.smallest:
             return f"its weight has {size} bytes, fewer than {self.smallest}"
-        shape = (*layer.matrix.shape[:2], 1)
-        is_apart = layer.gain(np.arange(1.0, 1 + np.prod(shape)).reshape(shape)) is not None
-        return "" if is_apart else "its outputs lie along all axes of its weight"
-
-    def _unfit(self, layer: Layer, context: Context) -> str:
-        """Why kernels would not compute in these integers."""
-        reasons = (refusal(node, context.target) for node in layer.nodes)
-        reason = next(filter(None, reasons), "")
-        if not reason and layer.is_overlapping:
-            return f"several rows of its weight make an output of {layer.nodes[0].op}"
-        return reason
+        return "" if layer.has_gains else "its outputs lie along all axes of its weight"
 
     def grid(self, bits: int, context: Context) -> Grid:
         """The integers of a weight; of 8 bits those that the kernels of the target take."""
@@ -127,87 +112,7 @@ class QuantizeLayers:
         """W (groups, outputs, d) on its grid."""
         return rounded(W, E, Wish(self.grid(bits, context)), self.rounding)
 
-
-@dataclass(frozen=True)
-class RoundLayer:
-    """Round one weight, as a whole pass wants it. goal: what its layer ought to give, or None."""
-
-    whole: QuantizeLayers
-    layer: Layer
-    goal: Goal | None
-    bits: int
-    name: ClassVar[str] = "round-layer"
-    lossless: ClassVar[bool] = False
-
-    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        if self.obstacle(context):
-            return ()
-        return self.layer.keys if self.goal is None else (key_of(self.layer.nodes[0], self.goal),)
-
-    def obstacle(self, context: Context) -> str:
-        return self.whole.obstacle(self.layer, context) or self._done()
-
-    def _done(self) -> str:
-        """Why nothing is left to do."""
-        axis = knowledge(self.layer.nodes[0]).out_axis
-        along = None if axis is None else axis(self.layer.nodes[0])
-        most = 2 ** (self.bits - 1)
-        is_done = lattice_scales(values(self.layer.weight), along, most) is not None
-        return f"it has {self.bits} bits already" if is_done else ""
-
-    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
-        reason = self.obstacle(context)
-        if reason:
-            return [Skip(node.name, f"not rounded: {reason}") for node in self.layer.nodes]
-        found = self.goal and context.stats.get(key_of(self.layer.nodes[0], self.goal))
-        return list(self._aimed(graph, found, context) if found else self._alone(graph, context))
-
-    def _aimed(self, graph: gs.Graph, found: Any, context: Context) -> Iterator[Change]:
-        """To the goal."""
-        layer, node = self.layer, self.layer.nodes[0]
-        W, is_biased = layer.matrix, has_bias(node)
-        aim = Aim.of(found.folds, W, bias_of(node).reshape(W.shape[:2]), is_biased)
-        made = self.whole.solve(aim.W, aim.E, self.bits, context)
-        yield from self._place(graph, made, 100 * aim.error(made.weight), "")
-        if is_biased:
-            set_bias(graph, node, aim.bias(made.weight).reshape(-1).astype(layer.weight.dtype))
-
-    def _alone(self, graph: gs.Graph, context: Context) -> Iterator[Change]:
-        """To itself."""
-        layer = self.layer
-        W, E = layer.matrix, error(layer, context)
-        made = self.whole.solve(W, E, self.bits, context)
-        reason = layer.unmeasured or "nothing is known of them"
-        told = "" if E.blocks else f" if inputs are alike: {reason}"
-        lost = 100 * E.error(W - made.weight) / max(E.error(W), 1e-300)
-        yield from self._place(graph, made, lost, told)
-        shift_biases(graph, layer, W - made.weight, context, "rounded")
-
-    def _place(self, graph: gs.Graph, made: Rounded, lost: float, told: str) -> Iterator[Change]:
-        what = f"{self.bits} bits, {lost:.2g} % of its output lost{told}"
-        if self.whole.scales == "inside":
-            yield from place(graph, self.layer, made.weight, "rounded", what)
-            return
-        yield from place(
-            graph, self.layer, made.codes, "rounded", what, self.layer.gain(made.scales)
-        )
-
-
-def ends(graph: gs.Graph) -> frozenset[str]:
-    """Names of heavy nodes that no other heavy node comes before, or behind."""
-    heavy = [node for node in graph.nodes if knowledge(node).window is not None]
-    return frozenset(_leading(graph.nodes, heavy) | _leading(graph.nodes[::-1], heavy, True))
-
-
-def _leading(nodes: Collection[gs.Node], heavy: list[gs.Node], back: bool = False) -> set[str]:
-    """Heavy nodes that depend on none, of nodes in order."""
-    are_heavy, behind, found = {id(n) for n in heavy}, set[int](), set[str]()
-    for node in nodes:
-        near = node.outputs if back else data_inputs(node) or node.inputs
-        linked = [n for t in near for n in (t.outputs if back else t.inputs)]
-        is_behind = any(id(n) in behind or id(n) in are_heavy for n in linked)
-        if is_behind:
-            behind.add(id(node))
-        elif id(node) in are_heavy:
-            found.add(node.name)
-    return found
+    def _made(self, bits: int, context: Context, W: Array, E: Quadratic) -> Made:
+        made = self.solve(W, E, bits, context)
+        parts = None if self.scales == "inside" else (made.codes, made.scales)
+        return Made(made.weight, f"{bits} bits", parts)

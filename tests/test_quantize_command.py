@@ -242,7 +242,7 @@ def test_steps_and_samples_are_told() -> None:
 def test_few_bits_run_in_integer_kernels_and_are_stored_small(capsys: Any) -> None:
     arguments = ("quantize", CNN, "--data", CNN_DATA, "--samples", 40, "--bits", 3)
     found = report_of(capsys, *arguments, "-o", "o.onnx")
-    assert (found["way"], found["output"]) == ("static", "o.onnx")
+    assert (found["way"], found["output"]) == ("static, rounded", "o.onnx")
     assert found["coverage"]["integer"] == found["coverage"]["total"] == 10
     assert found["after"]["bytes"] < found["before"]["bytes"] / 6
     assert found["comparison"]["agreement"] > 0.9

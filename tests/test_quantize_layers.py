@@ -14,6 +14,7 @@ from quantizing import dataset, decibels
 from texts import bind, normal
 
 from onnxc.core import Context, Pass
+from onnxc.ends import ends
 from onnxc.errors import OptionError
 from onnxc.graph import Model, load, opset, values
 from onnxc.numerics.affine import Grid
@@ -26,7 +27,7 @@ from onnxc.targets import choose
 from passes.equalize import Equalize
 from passes.quantize import Quantize
 from passes.quantize_constants import QuantizeConstants
-from passes.quantize_layers import QuantizeLayers, ends
+from passes.quantize_layers import QuantizeLayers
 from passes.store_codebooks import StoreCodebooks
 from passes.upgrade_opset import UpgradeOpset
 
