@@ -1,6 +1,7 @@
 """Ways to quantize weights to few bits, rounded layer after layer (`passes.quantize_layers`).
 
     static        on few integers in front of DequantizeLinear, for kernels that compute in 8 bits
+    fixed         the same with scales that are powers of two, and no others in the file
     rounded       the same integers with their scales in a Mul; the model computes in float
     weight-only   4 bits in blocks, where nothing was said about rounding
 
@@ -90,8 +91,11 @@ def _in_integers(
         *((Equalize(),) if has_data and is_clipped else ()),
     )
     bits: Literal[8, 16] = 16 if is_wide else 8
-    quantize = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits)
+    pow2 = wanted.layers.power_of_two
+    quantize = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits, power_of_two=pow2)
     integers: tuple[Pass, ...] = (replace(wanted.layers, reconstruct=False), quantize)
     if has_data:
-        integers = (replace(quantize, weights=False), wanted.layers, QuantizeConstants())
-    return {"static": (*start, *integers, QuantizeWeights(), StoreCodebooks(), ShareConstants())}
+        integers = (replace(quantize, weights=False), wanted.layers, QuantizeConstants(pow2))
+    rest: tuple[Pass, ...] = () if pow2 else (QuantizeWeights(),)
+    name = "fixed" if pow2 else "static"
+    return {name: (*start, *integers, *rest, StoreCodebooks(), ShareConstants())}

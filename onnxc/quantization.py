@@ -25,10 +25,10 @@ class QuantizeSettings:
     format: how the integers are written; auto chooses for each layer by what it measures.
     scheme: affine (scale and zero point), or fixed point: scales that are powers of two, zero point
         0, signed Qm.n, or unsigned UQm.n where no value is negative; shifts and standard operators.
-    bits: of the weights; fixed point has 8 or 16, of activations, too.
+    bits: of the weights; 16 are for fixed point, of activations, too.
     rounding: of the weights: each to the nearest, or as the outputs of their layer ask for, by
         columns that make up for those before (gptq) or by coordinate descent; auto: nearest for 8
-        bits, descent for fewer.
+        bits, descent for fewer. stochastic: up or down by chance, such that the mean stays.
     activations: bits of the activations, or float, to store weights in few bits and compute in
         float; auto: 8, and float for fewer than 8 bits of weights where nothing convolves.
     keep_ends: whether first and last layers keep 8 bits where the others get fewer.
@@ -38,7 +38,7 @@ class QuantizeSettings:
     format: Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"] = "auto"
     scheme: Literal["affine", "fixed"] = "affine"
     bits: Bits = 8
-    rounding: Literal["auto", "nearest", "gptq", "descent"] = "auto"
+    rounding: Literal["auto", "nearest", "gptq", "descent", "stochastic"] = "auto"
     activations: Literal["auto", 8, 16, "float"] = "auto"
     keep_ends: bool = True
     ranges: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
@@ -54,8 +54,7 @@ class QuantizeSettings:
     @property
     def is_rounded(self) -> bool:
         """Whether weights are put on their integers layer after layer."""
-        is_plain = self.bits == 8 and self.rounding in ("auto", "nearest")
-        return not is_plain and self.scheme == "affine"
+        return self.bits < 8 or (self.bits == 8 and self.rounding not in ("auto", "nearest"))
 
 
 def check_settings(settings: QuantizeSettings) -> None:
@@ -82,10 +81,12 @@ def _check_fixed(settings: QuantizeSettings) -> None:
         raise OptionError(
             f"fixed point is written in standard operators, as qdq, not as {settings.format}"
         )
-    if settings.bits not in (8, 16):
-        raise OptionError(f"fixed point has 8 or 16 bits, not {settings.bits}: leave --scheme out")
-    if settings.rounding not in ("auto", "nearest") or settings.activations != "auto":
-        raise OptionError("fixed point has no --rounding and no --activations: leave them out")
+    if settings.activations == "float":
+        raise OptionError("fixed point computes in integers: leave --activations float out")
+    if settings.bits == 16 and settings.rounding not in ("auto", "nearest"):
+        raise OptionError("16 bits lose too little for --rounding: leave it out, or take 8 bits")
+    if settings.bits == 16 and settings.activations == 8:
+        raise OptionError("weights of 16 bits go with activations of 16: leave --activations out")
 
 
 def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
@@ -93,8 +94,10 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
     ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
     is_float = "float" in (settings.activations, settings.format.replace("weight-only", "float"))
     kind = "weight-only" if is_float else settings.format
-    if settings.is_rounded or settings.activations == 16:
+    if settings.is_rounded or (settings.activations == 16 and settings.bits != 16):
         activations: Activations = "float" if is_float else settings.activations
+        if settings.scheme == "fixed" and activations == "auto":
+            activations = 8
         wanted = Wanted(_layers(settings), settings.rounding != "auto", activations, ranges)
         return few_bits.ways(wanted, piece.model, piece.context, piece.has_data)
     return search.candidates(
@@ -107,7 +110,11 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
 def _layers(settings: QuantizeSettings) -> QuantizeLayers:
     assert settings.bits != 16
     rounding = "descent" if settings.rounding == "auto" else settings.rounding
-    return QuantizeLayers(settings.bits, rounding, settings.keep_ends)
+    return QuantizeLayers(
+        *(settings.bits, rounding, settings.keep_ends),
+        reconstruct=rounding != "stochastic",
+        power_of_two=settings.scheme == "fixed",
+    )
 
 
 def rescue(settings: QuantizeSettings, has_data: bool) -> Mapping[str, tuple[Pass, ...]]:

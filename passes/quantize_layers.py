@@ -2,13 +2,15 @@
 
     min tr (W* − Ŵ) C (W* − Ŵ)ᵀ,    ŵ = s q,   −2^(b−1) ≤ q < 2^(b−1)
 
-with one scale s for each output (`onnxc.numerics.rounding`), layer after layer, with the layers
+with one scale s for each output (`onnxc.numerics.rounding`), a power of two for fixed point, layer
+after layer, with the layers
 before it rounded already. W* is the weight that best makes of what the layer now gets what it ought
 to give, C the metric around it (`onnxc.numerics.aim`), and the bias follows: it takes in what
 rounding did to the mean. Without `reconstruct`, or where a layer has no goal, W* is W and C that of
 its input. Where nothing is known of the input C is I.
 
-A layer never loses more than by rounding to the nearest on the same bits: of both, the lesser.
+A layer never loses more than by rounding to the nearest on the same bits: of both, the lesser;
+unless it is rounded by chance, which keeps the weights as they are on average.
 
 The weights stay float here, on their grid. `quantize` finds the same integers again
 (`onnxc.numerics.lattice`) and computes with them; where scales stand `apart`, in a Mul that ONNX
@@ -17,6 +19,7 @@ Runtime computes at load, the model computes in float. `store_codebooks` makes t
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -32,10 +35,11 @@ from onnxc.goals import goal_of, has_bias, key_of, why_no_goal
 from onnxc.graph import values
 from onnxc.integer import refusal, weight_grid
 from onnxc.matrices import Layer, LeaveOut, error, layers, outside, place, shift_biases
+from onnxc.numerics import fixed
 from onnxc.numerics.affine import Grid
 from onnxc.numerics.aim import Aim
 from onnxc.numerics.lattice import lattice_scales
-from onnxc.numerics.rounding import Method, Rounded, Wish, rounded
+from onnxc.numerics.rounding import Method, Rounded, Wish, rounded, shifts
 from onnxc.numerics.sparse import Quadratic
 from onnxc.ops import data_inputs, knowledge
 from onnxc.refits import set_bias
@@ -51,10 +55,11 @@ class QuantizeLayers:
     """Round the weights of each layer to few bits, layer after layer.
 
     bits: of a weight, 2 to 8. rounding: each weight to the nearest, columns that make up for those
-    before them (gptq), or coordinate descent from there. keep_ends: whether first and last layers
-    keep 8 bits. reconstruct: whether outputs ought to be those that the model had, or those of the
-    layer. scales: inside the weights, for kernels that compute in integers, or apart, to store them
-    in few bits and compute in float. smallest: bytes below which a weight is left alone.
+    before them (gptq), coordinate descent from there, or by chance (stochastic). keep_ends: whether
+    first and last layers keep 8 bits. reconstruct: whether outputs ought to be those that the model
+    had, or those of the layer. scales: inside the weights, for kernels that compute in integers, or
+    apart, to store them in few bits and compute in float. smallest: bytes below which a weight is
+    left alone. power_of_two: whether scales are powers of two.
     """
 
     name: ClassVar[str] = "quantize-layers"
@@ -66,6 +71,7 @@ class QuantizeLayers:
     reconstruct: bool = True
     scales: Literal["inside", "apart"] = "inside"
     smallest: int = 0
+    power_of_two: bool = False
 
     @property
     def keeps_statistics(self) -> bool:
@@ -123,9 +129,11 @@ class QuantizeLayers:
         is_wide = bits == WIDEST
         return weight_grid(context.target) if is_wide and self.scales == "inside" else Grid(bits)
 
-    def solve(self, W: Array, E: Quadratic, bits: int, context: Context) -> Rounded:
-        """W (groups, outputs, d) on its grid."""
-        return rounded(W, E, Wish(self.grid(bits, context)), self.rounding)
+    def wish(self, layer: Layer, bits: int, context: Context) -> Wish:
+        """What a weight is put on; each layer draws other numbers."""
+        grid = self.grid(bits, context)
+        seed = zlib.crc32(f"{context.seed} {layer.name}".encode())
+        return shifts(grid, seed) if self.power_of_two else Wish(grid, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -151,8 +159,11 @@ class RoundLayer:
         """Why nothing is left to do."""
         axis = knowledge(self.layer.nodes[0]).out_axis
         along = None if axis is None else axis(self.layer.nodes[0])
-        most = 2 ** (self.bits - 1)
-        is_done = lattice_scales(values(self.layer.weight), along, most) is not None
+        weight, most = values(self.layer.weight), 2 ** (self.bits - 1)
+        if self.whole.power_of_two:
+            is_done = fixed.is_on_grid(weight, along, Grid(self.bits))
+        else:
+            is_done = lattice_scales(weight, along, most) is not None
         return f"it has {self.bits} bits already" if is_done else ""
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
@@ -167,7 +178,7 @@ class RoundLayer:
         layer, node = self.layer, self.layer.nodes[0]
         W, is_biased = layer.matrix, has_bias(node)
         aim = Aim.of(found.folds, W, bias_of(node).reshape(W.shape[:2]), is_biased)
-        made = self.whole.solve(aim.W, aim.E, self.bits, context)
+        made = self._solve(aim.W, aim.E, context)
         yield from self._place(graph, made, 100 * aim.error(made.weight), "")
         if is_biased:
             set_bias(graph, node, aim.bias(made.weight).reshape(-1).astype(layer.weight.dtype))
@@ -176,15 +187,20 @@ class RoundLayer:
         """To itself."""
         layer = self.layer
         W, E = layer.matrix, error(layer, context)
-        made = self.whole.solve(W, E, self.bits, context)
+        made = self._solve(W, E, context)
         reason = layer.unmeasured or "nothing is known of them"
         told = "" if E.blocks else f" if inputs are alike: {reason}"
         lost = 100 * E.error(W - made.weight) / max(E.error(W), 1e-300)
         yield from self._place(graph, made, lost, told)
         shift_biases(graph, layer, W - made.weight, context, "rounded")
 
+    def _solve(self, W: Array, E: Quadratic, context: Context) -> Rounded:
+        """W (groups, outputs, d) on its grid."""
+        return rounded(W, E, self.whole.wish(self.layer, self.bits, context), self.whole.rounding)
+
     def _place(self, graph: gs.Graph, made: Rounded, lost: float, told: str) -> Iterator[Change]:
-        what = f"{self.bits} bits, {lost:.2g} % of its output lost{told}"
+        kind = f" as {fixed.name(made.scales, self.bits, True)}" if self.whole.power_of_two else ""
+        what = f"{self.bits} bits{kind}, {lost:.2g} % of its output lost{told}"
         if self.whole.scales == "inside":
             yield from place(graph, self.layer, made.weight, "rounded", what)
             return

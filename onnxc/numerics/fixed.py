@@ -48,6 +48,15 @@ def neighbours(scale: Array | float) -> tuple[Array, Array]:
     return np.maximum(below, TINY), above
 
 
+def nearest(scale: Array | float) -> Array:
+    """The nearer one of the powers of two around each scale, of two as near the greater; float64.
+
+    An error that is a parabola in the scale, with its least at the given one, is the lesser there.
+    """
+    below, above = neighbours(scale)
+    return np.asarray(np.where(scale - below < above - scale, below, above))
+
+
 def closest(scale: Array, error: Callable[[Array], Array]) -> Array:
     """Of the powers of two around each scale the one with the lesser error; ties go to the greater.
 
@@ -58,7 +67,10 @@ def closest(scale: Array, error: Callable[[Array], Array]) -> Array:
 
 
 def weight_scales(weight: Array, axis: int | None, grid: Grid) -> Array:
-    """Powers of two of least squared error, float32: one a channel along `axis`, or one for all."""
+    """Powers of two of least squared error, float32: one a channel along `axis`, or one for all.
+
+    A weight that was rounded to fewer bits keeps its few integers, times one power of two for all.
+    """
     rank = weight.ndim
     others = None if axis is None else tuple(i for i in range(rank) if i != axis % rank)
 
@@ -67,7 +79,27 @@ def weight_scales(weight: Array, axis: int | None, grid: Grid) -> Array:
         drift = dequantize(q, scale, 0, axis).astype(np.float64) - weight
         return np.asarray(np.square(drift).sum(others))
 
-    return closest(affine.weight_scales(weight, axis, grid), error)
+    found = closest(affine.weight_scales(weight, axis, grid), error)
+    return found if error(found).any() else _in_common(weight, axis, grid, found)
+
+
+def _in_common(weight: Array, axis: int | None, grid: Grid, scale: Array) -> Array:
+    """Scales of the fewest different integers, of a weight that has integers at these scales."""
+    q = quantize(weight, scale, 0, grid, axis).astype(np.int64)
+    rows = q.reshape(1, -1) if axis is None else np.moveaxis(q, axis, 0).reshape(len(scale), -1)
+    spare = np.bitwise_or.reduce(rows, axis=1)  # its last bit is the last one of all
+    spare = np.where(spare == 0, 1, spare & -spare)
+    largest = max(int((np.abs(rows).max(axis=1) // spare).max(initial=0)), 1)
+    common = 1 << (max(grid.high // largest, 1).bit_length() - 1)
+    kept = np.where(rows.any(axis=1), spare / common, 1.0)
+    return np.asarray(scale * kept.reshape(scale.shape), np.float32)
+
+
+def is_on_grid(weight: Array, axis: int | None, grid: Grid) -> bool:
+    """Whether a weight is integers of a grid times powers of two already."""
+    scale = weight_scales(weight, axis, grid)
+    q = quantize(weight, scale, 0, grid, axis)
+    return bool((dequantize(q, scale, 0, axis) == weight).all())
 
 
 def fraction_bits(scale: Array | float) -> NDArray[np.int32]:
