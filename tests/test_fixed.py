@@ -363,11 +363,11 @@ def test_settings_reach_the_file(settings: dict[str, Any], kinds: set[str]) -> N
 
 
 def test_a_real_network_in_fixed_point(shared: Any) -> None:
-    """resnet20: least dB with 4, 8 and 16 bits of weights, every scale a power of two."""
+    """resnet20: at least 25 dB with 8 bits and 50 with 16, every scale a power of two."""
     model = shared / "models" / "resnet20.onnx"
     x = normal(24, 3, 32, 32)
     data = open_data({"input": x}, (InputSpec("input", np.dtype(np.float32), ("N", 3, 32, 32)),))
-    for bits, least in ((4, 18), (8, 25), (16, 50)):
+    for bits, least in ((8, 25), (16, 50)):
         settings = QuantizeSettings(scheme="fixed", bits=bits)  # type: ignore[arg-type]
         plan = Plan(QUANTIZE, settings, choose("x86-vnni"))
         found = compress_model(plan, load(model), Calibration(data), data)

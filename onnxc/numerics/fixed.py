@@ -34,6 +34,8 @@ Array = NDArray[Any]
 Integers = NDArray[np.int64]
 Rounding = Literal["even", "up"]
 
+EXACT = 2**53  # below which float64 holds every integer
+
 
 def power_of_two(scale: Array | float) -> Array:
     """The least power of two that is not below each positive scale; float64."""
@@ -137,7 +139,15 @@ def clip(q: Integers, grid: Grid) -> Array:
 
 def matmul(x: Array, w: Array, bias: Array | int = 0) -> Integers:
     """Σ q_x q_w + q_b, (M, N) from (M, K), (K, N) and (N,)."""
-    return np.asarray(x.astype(np.int64) @ w.astype(np.int64) + np.asarray(bias, np.int64))
+    return _product(x.astype(np.int64), w.astype(np.int64)) + np.asarray(bias, np.int64)
+
+
+def _product(x: Integers, w: Integers) -> Integers:
+    """x w, by float64 where that is exact, for NumPy is slow with integers."""
+    peaks = int(np.abs(x).max(initial=0)) * int(np.abs(w).max(initial=0))
+    if peaks * x.shape[-1] >= EXACT:
+        return np.asarray(x @ w)
+    return (x.astype(np.float64) @ w.astype(np.float64)).astype(np.int64)
 
 
 def convolve(
@@ -167,5 +177,5 @@ def convolve(
     columns = windows.reshape(count, groups, channels, *size, *w.shape[2:])
     columns = np.moveaxis(columns, 2, 2 + rank).reshape(count, groups, int(np.prod(size)), -1)
     rows = w.astype(np.int64).reshape(groups, w.shape[0] // groups, -1)
-    sums = np.einsum("ngpk,gmk->ngmp", columns, rows).reshape(count, w.shape[0], *size)
+    sums = _product(columns, rows.swapaxes(1, 2)).swapaxes(2, 3).reshape(count, w.shape[0], *size)
     return np.asarray(sums + np.reshape(bias, (-1, *[1] * rank)).astype(np.int64))
