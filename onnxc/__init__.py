@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxc.api import preview as preview
     from onnxc.api import prune as prune
     from onnxc.api import quantize as quantize
+    from onnxc.api import run_in_integers as run_in_integers
     from onnxc.api import save as save
     from onnxc.api import sparsify as sparsify
     from onnxc.api import unpack as unpack
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "onnxc.api": (
         *("QuantizeSettings", "benchmark", "calibrate", "cluster", "factorize", "inspect", "load"),
-        *("merge_statistics", "pack", "preview", "prune", "quantize", "save", "sparsify"),
-        *("unpack", "validate"),
+        *("merge_statistics", "pack", "preview", "prune", "quantize", "run_in_integers", "save"),
+        *("sparsify", "unpack", "validate"),
     ),
     "onnxc.errors": ("ClusterError", "DataError", "ModelError", "OnnxcError", "OptionError"),
 }

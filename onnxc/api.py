@@ -22,6 +22,7 @@ from onnxc.check import compare, coverage
 from onnxc.compression import Attempt, Compressed, attempt, compress_model
 from onnxc.cost import file_bytes, inspect
 from onnxc.errors import OptionError
+from onnxc.fixed_graph import run_in_integers
 from onnxc.graph import load, save
 from onnxc.graph import size as model_size
 from onnxc.opening import openings
@@ -67,6 +68,7 @@ __all__ = [
     "preview",
     "prune",
     "quantize",
+    "run_in_integers",
     "save",
     "sparsify",
     "unpack",

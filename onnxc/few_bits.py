@@ -1,7 +1,8 @@
 """Ways to quantize weights to few bits, layer after layer.
 
     static, rounded   on few integers in front of DequantizeLinear, for kernels of 8 bits
-    rounded           the same with their scales in a Mul; the model computes in float
+    fixed             the same with scales that are powers of two, and no others in the file
+    rounded           integers with their scales in a Mul; the model computes in float
     SCHEME            levels of another scheme than rounding; the model computes in float
     weight-only       4 bits in blocks, where nothing was said about rounding
 
@@ -45,6 +46,11 @@ class Wanted:
     is_asked: bool
     activations: Activations
     ranges: Ranges | None
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether scales are powers of two."""
+        return isinstance(self.layers, QuantizeLayers) and self.layers.power_of_two
 
 
 def ways(
@@ -112,9 +118,11 @@ def _in_integers(
         *((Equalize(),) if has_data and is_clipped else ()),
     )
     bits: Literal[8, 16] = 16 if is_wide else 8
-    quantize = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits)
+    pow2 = wanted.power_of_two
+    quantize = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits, power_of_two=pow2)
     integers: tuple[Pass, ...] = (replace(wanted.layers, reconstruct=False), quantize)
     if has_data:
-        integers = (replace(quantize, weights=False), wanted.layers, QuantizeConstants())
-    rest = (QuantizeWeights(), StoreCodebooks(), ShareConstants())
-    return {"static, rounded": (*start, *integers, *rest)}
+        integers = (replace(quantize, weights=False), wanted.layers, QuantizeConstants(pow2))
+    rest: tuple[Pass, ...] = () if pow2 else (QuantizeWeights(),)
+    name = "fixed" if pow2 else "static, rounded"
+    return {name: (*start, *integers, *rest, StoreCodebooks(), ShareConstants())}

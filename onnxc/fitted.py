@@ -69,9 +69,13 @@ def unfit(layer: Layer, target: Target) -> str:
 
 def is_on_lattice(layer: Layer, bits: int) -> bool:
     """Whether a weight is integers of so many bits already, times a scale for each output."""
+    return lattice_scales(values(layer.weight), along(layer), 2 ** (bits - 1)) is not None
+
+
+def along(layer: Layer) -> int | None:
+    """The axis of a weight along which its outputs lie, where there is one."""
     axis = knowledge(layer.nodes[0]).out_axis
-    along = None if axis is None else axis(layer.nodes[0])
-    return lattice_scales(values(layer.weight), along, 2 ** (bits - 1)) is not None
+    return None if axis is None else axis(layer.nodes[0])
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,12 @@ class QuantizeSettings:
         0, signed Qm.n, or unsigned UQm.n where no value is negative; shifts and standard operators;
         or weights on few levels: powers of two (pow2, admm with a factor for each output), ternary,
         sums of binary bases (binary), or any few for each output (levels).
-    bits: of the weights, of binary how many bases; auto: 8, or few that suit the scheme; fixed
-        point has 8 or 16, of activations, too.
+    bits: of the weights, of binary how many bases; auto: 8, or few that suit the scheme; 16 are for
+        fixed point, of activations, too.
     rounding: of the weights: each to the nearest, or as the outputs of their layer ask for, by
         columns that make up for those before (gptq) or by coordinate descent; auto: nearest for 8
-        bits, descent for fewer.
+        bits, descent for fewer. admm: from the better of descent and ADMM, slow. stochastic: up or
+        down by chance, such that the mean stays.
     activations: bits of the activations, or float, to store weights in few bits and compute in
         float; auto: 8, and float for fewer than 8 bits of weights where nothing convolves, and for
         levels.
@@ -50,7 +51,7 @@ class QuantizeSettings:
     format: Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"] = "auto"
     scheme: Literal["affine", "fixed", "pow2", "ternary", "binary", "admm", "levels"] = "affine"
     bits: Literal["auto"] | Width = "auto"
-    rounding: Literal["auto", "nearest", "gptq", "descent"] = "auto"
+    rounding: Literal["auto", "nearest", "gptq", "descent", "admm", "stochastic"] = "auto"
     activations: Literal["auto", 8, 16, "float"] = "auto"
     keep_ends: bool = True
     ranges: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
@@ -76,8 +77,9 @@ class QuantizeSettings:
     @property
     def is_rounded(self) -> bool:
         """Whether weights are put on their integers layer after layer."""
-        is_plain = self.width == 8 and self.rounding in ("auto", "nearest")
-        return not is_plain and self.scheme == "affine"
+        if self.has_levels or self.width == 16:
+            return False
+        return self.width < 8 or self.rounding not in ("auto", "nearest")
 
 
 def check_settings(settings: QuantizeSettings) -> None:
@@ -109,10 +111,12 @@ def _check_fixed(settings: QuantizeSettings) -> None:
         raise OptionError(
             f"fixed point is written in standard operators, as qdq, not as {settings.format}"
         )
-    if settings.width not in (8, 16):
-        raise OptionError(f"fixed point has 8 or 16 bits, not {settings.width}: leave --scheme out")
-    if settings.rounding not in ("auto", "nearest") or settings.activations != "auto":
-        raise OptionError("fixed point has no --rounding and no --activations: leave them out")
+    if settings.activations == "float":
+        raise OptionError("fixed point computes in integers: leave --activations float out")
+    if settings.width == 16 and settings.rounding not in ("auto", "nearest"):
+        raise OptionError("16 bits lose too little for --rounding: leave it out, or take 8 bits")
+    if settings.width == 16 and settings.activations == 8:
+        raise OptionError("weights of 16 bits go with activations of 16: leave --activations out")
 
 
 def _check_levels(settings: QuantizeSettings) -> None:
@@ -133,7 +137,8 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
     ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
     is_float = "float" in (settings.activations, settings.format.replace("weight-only", "float"))
     kind = "weight-only" if is_float else settings.format
-    if settings.has_levels or settings.is_rounded or settings.activations == 16:
+    is_wide = settings.activations == 16 and settings.width != 16
+    if settings.has_levels or settings.is_rounded or is_wide:
         wanted = _wanted(settings, is_float)
         return few_bits.ways(wanted, piece.model, piece.context, piece.has_data)
     return search.candidates(
@@ -146,6 +151,8 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
 def _wanted(settings: QuantizeSettings, is_float: bool = False) -> Wanted:
     activations: Activations = "float" if is_float else settings.activations
     ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
+    if settings.scheme == "fixed" and activations == "auto":
+        activations = 8
     if not settings.has_levels:
         return Wanted(_layers(settings), settings.rounding != "auto", activations, ranges)
     if activations == "auto" and settings.format == "qdq":
@@ -157,7 +164,11 @@ def _layers(settings: QuantizeSettings) -> QuantizeLayers:
     bits = settings.width
     assert bits != 1 and bits != 16
     rounding = "descent" if settings.rounding == "auto" else settings.rounding
-    return QuantizeLayers(bits, rounding, settings.keep_ends)
+    return QuantizeLayers(
+        *(bits, rounding, settings.keep_ends),
+        reconstruct=rounding != "stochastic",
+        power_of_two=settings.scheme == "fixed",
+    )
 
 
 def _levels(settings: QuantizeSettings) -> QuantizeLevels:

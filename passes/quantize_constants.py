@@ -23,17 +23,22 @@ from onnxc.ops import is_constant, weight_of
 @register
 @dataclass(frozen=True)
 class QuantizeConstants:
-    """Quantize weights and biases of nodes between Q/DQ pairs."""
+    """Quantize weights and biases of nodes between Q/DQ pairs.
+
+    power_of_two: whether scales of weights are powers of two.
+    """
 
     name: ClassVar[str] = "quantize-constants"
     lossless: ClassVar[bool] = False
+
+    power_of_two: bool = False
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         return ()
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         results: list[Change | Skip] = list(refused_nodes(graph, context))
-        constants = Constants(graph, context)
+        constants = Constants(graph, context, power_of_two=self.power_of_two)
         for node in list(weighted_nodes(graph, context)):
             results.append(_write(node, constants))
         graph.nodes = [*constants.nodes, *graph.nodes]

@@ -2,13 +2,14 @@
 
     min tr (W* − Ŵ) C (W* − Ŵ)ᵀ,    ŵ = s q,   −2^(b−1) ≤ q < 2^(b−1)
 
-with one scale s for each output (`onnxc.numerics.rounding`), layer after layer, with the layers
-before it rounded already. W* is the weight that best makes of what the layer now gets what it ought
-to give, C the metric around it (`onnxc.numerics.aim`), and the bias follows: it takes in what
-rounding did to the mean. Without `reconstruct`, or where a layer has no goal, W* is W and C that of
-its input. Where nothing is known of the input C is I.
+with one scale s for each output (`onnxc.numerics.rounding`), a power of two for fixed point, layer
+after layer, with the layers before it rounded already. W* is the weight that best makes of what the
+layer now gets what it ought to give, C the metric around it (`onnxc.numerics.aim`), and the bias
+follows: it takes in what rounding did to the mean. Without `reconstruct`, or where a layer has no
+goal, W* is W and C that of its input. Where nothing is known of the input C is I.
 
-A layer never loses more than by rounding to the nearest on the same bits: of both, the lesser.
+A layer never loses more than by rounding to the nearest on the same bits: of both, the lesser;
+unless it is rounded by chance, which keeps the weights as they are on average.
 
 The weights stay float here, on their grid. `quantize` finds the same integers again
 (`onnxc.numerics.lattice`) and computes with them; where scales stand `apart`, in a Mul that ONNX
@@ -17,6 +18,7 @@ Runtime computes at load, the model computes in float. `store_codebooks` makes t
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +31,13 @@ from threadpoolctl import threadpool_limits
 
 from onnxc.core import Change, Context, Key, Pass, Skip, register
 from onnxc.ends import ends
-from onnxc.fitted import FitLayer, Made, is_on_lattice, layer_goal, unfit
+from onnxc.fitted import FitLayer, Made, along, is_on_lattice, layer_goal, unfit
+from onnxc.graph import values
 from onnxc.integer import weight_grid
 from onnxc.matrices import Layer, LeaveOut, layers, outside
+from onnxc.numerics import fixed
 from onnxc.numerics.affine import Grid
-from onnxc.numerics.rounding import Method, Rounded, Wish, rounded
+from onnxc.numerics.rounding import Method, Wish, rounded, shifts
 from onnxc.numerics.sparse import Quadratic
 
 Array = NDArray[Any]
@@ -47,10 +51,11 @@ class QuantizeLayers:
     """Round the weights of each layer to few bits, layer after layer.
 
     bits: of a weight, 2 to 8. rounding: each weight to the nearest, columns that make up for those
-    before them (gptq), or coordinate descent from there. keep_ends: whether first and last layers
-    keep 8 bits. reconstruct: whether outputs ought to be those that the model had, or those of the
-    layer. scales: inside the weights, for kernels that compute in integers, or apart, to store them
-    in few bits and compute in float. smallest: bytes below which a weight is left alone.
+    before them (gptq), coordinate descent from there, or by chance (stochastic). keep_ends: whether
+    first and last layers keep 8 bits. reconstruct: whether outputs ought to be those that the model
+    had, or those of the layer. scales: inside the weights, for kernels that compute in integers, or
+    apart, to store them in few bits and compute in float. smallest: bytes below which a weight is
+    left alone. power_of_two: whether scales are powers of two.
     """
 
     name: ClassVar[str] = "quantize-layers"
@@ -62,6 +67,7 @@ class QuantizeLayers:
     reconstruct: bool = True
     scales: Literal["inside", "apart"] = "inside"
     smallest: int = 0
+    power_of_two: bool = False
 
     @property
     def keeps_statistics(self) -> bool:
@@ -87,9 +93,9 @@ class QuantizeLayers:
 
     def _step(self, layer: Layer, bits: int, graph: gs.Graph, context: Context) -> Pass:
         goal = layer_goal(layer, graph, context) if self.reconstruct else None
-        is_done = is_on_lattice(layer, bits)
+        is_done = self._is_done(layer, bits)
         reason = self.obstacle(layer, context) or (f"it has {bits} bits already" * is_done)
-        made = partial(self._made, bits, context)
+        made = partial(self._made, self.wish(layer, bits, context), bits)
         return FitLayer(layer, goal, reason, made, "rounded", ("rounded", "refit"))
 
     def obstacle(self, layer: Layer, context: Context) -> str:
@@ -108,11 +114,20 @@ class QuantizeLayers:
         is_wide = bits == WIDEST
         return weight_grid(context.target) if is_wide and self.scales == "inside" else Grid(bits)
 
-    def solve(self, W: Array, E: Quadratic, bits: int, context: Context) -> Rounded:
-        """W (groups, outputs, d) on its grid."""
-        return rounded(W, E, Wish(self.grid(bits, context)), self.rounding)
+    def wish(self, layer: Layer, bits: int, context: Context) -> Wish:
+        """What a weight is put on; each layer draws other numbers."""
+        grid = self.grid(bits, context)
+        seed = zlib.crc32(f"{context.seed} {layer.name}".encode())
+        return shifts(grid, seed) if self.power_of_two else Wish(grid, seed=seed)
 
-    def _made(self, bits: int, context: Context, W: Array, E: Quadratic) -> Made:
-        made = self.solve(W, E, bits, context)
+    def _is_done(self, layer: Layer, bits: int) -> bool:
+        """Whether a weight is on such integers already."""
+        if self.power_of_two:
+            return fixed.is_on_grid(values(layer.weight), along(layer), Grid(bits))
+        return is_on_lattice(layer, bits)
+
+    def _made(self, wish: Wish, bits: int, W: Array, E: Quadratic) -> Made:
+        made = rounded(W, E, wish, self.rounding)
+        kind = f" as {fixed.name(made.scales, bits, True)}" if self.power_of_two else ""
         parts = None if self.scales == "inside" else (made.codes, made.scales)
-        return Made(made.weight, f"{bits} bits", parts)
+        return Made(made.weight, f"{bits} bits{kind}", parts)

@@ -79,6 +79,32 @@ def test_weight_scales_have_the_lesser_error(seed: int, axis: int | None) -> Non
     assert np.all((chosen == above) | (chosen == above / 2))
 
 
+@given(
+    seed=st.integers(0, 10**6),
+    axis=st.sampled_from([None, 0, 1]),
+    bits=st.sampled_from([2, 3, 4, 6, 8]),
+)
+def test_a_weight_on_few_integers_keeps_them_few(seed: int, axis: int | None, bits: int) -> None:
+    rng = np.random.default_rng(seed)
+    high = 2 ** (bits - 1) - 1
+    q = rng.integers(-high, high + 1, (5, 6))
+    n = rng.integers(-9, 9, (5, 1) if axis == 0 else (1, 6) if axis == 1 else (1, 1))
+    weight = np.float32(q * 2.0**-n)
+    scale = fixed.weight_scales(weight, axis, NARROW)
+    made = quantize(weight, scale, 0, NARROW, axis)
+    np.testing.assert_array_equal(dequantize(made, scale, 0, axis), weight)
+    assert np.unique(made).size <= 2 * high + 1
+    assert fixed.is_on_grid(weight, axis, Grid(bits))
+    assert not fixed.is_on_grid(weight + np.float32(1 / 3), axis, Grid(bits))
+
+
+@given(scale=scales)
+def test_the_nearer_power_is_at_most_a_third_away(scale: float) -> None:
+    found = float(fixed.nearest(scale))
+    assert found in [float(p) for p in fixed.neighbours(scale)]
+    assert abs(found - scale) <= scale / 3 * (1 + 1e-12)
+
+
 def test_one_outlier_is_clipped_rather_than_all_rounded_twice_as_coarsely() -> None:
     weight = np.append(np.linspace(-1, 1, 10_001), 1.02).astype(np.float32)
     assert fixed.weight_scales(weight[:, None], None, NARROW) == 2.0**-7
@@ -281,10 +307,11 @@ def test_16_bits_need_opset_21() -> None:
         ({"scheme": "fixed", "format": "qoperator"}, "standard operators"),
         ({"scheme": "fixed", "format": "dynamic"}, "standard operators"),
         ({"scheme": "fixed", "format": "weight-only"}, "standard operators"),
-        ({"scheme": "fixed", "bits": 4}, "8 or 16 bits"),
+        ({"scheme": "fixed", "activations": "float"}, "computes in integers"),
         ({"bits": 16}, "--scheme fixed"),
         ({"bits": 16, "format": "dynamic"}, "--scheme fixed"),
-        ({"scheme": "fixed", "rounding": "descent"}, "no --rounding"),
+        ({"scheme": "fixed", "bits": 16, "rounding": "descent"}, "take 8 bits"),
+        ({"scheme": "fixed", "bits": 16, "activations": 8}, "activations of 16"),
         ({"bits": 4, "format": "qoperator"}, "qdq or weight-only"),
         ({"activations": "float", "format": "qdq"}, "weight-only"),
         ({"activations": 8, "format": "weight-only"}, "--format qdq"),
@@ -302,6 +329,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
     [
         ({"scheme": "fixed"}, {"int8"}),
         ({"scheme": "fixed", "bits": 16, "format": "qdq"}, {"int16"}),
+        ({"scheme": "fixed", "bits": 8, "rounding": "stochastic"}, {"int8"}),
         ({"bits": 4}, {"int4", "uint8"}),
         ({"bits": 4, "format": "weight-only"}, {"int4", "uint8"}),
         ({"format": "qoperator"}, {"int8"}),

@@ -17,6 +17,7 @@ from onnxc.core import Context, Pass
 from onnxc.ends import ends
 from onnxc.errors import OptionError
 from onnxc.graph import Model, load, opset, values
+from onnxc.numerics import fixed
 from onnxc.numerics.affine import Grid
 from onnxc.numerics.rounding import METHODS, Wish, rounded
 from onnxc.pipeline import Calibration, Step, compress
@@ -110,6 +111,45 @@ def test_kernels_get_exactly_the_integers_that_were_found(bits: Any) -> None:
         assert len(np.unique(q)) <= 2**bits
         made = q.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
         np.testing.assert_array_equal(made, weight)
+
+
+@pytest.mark.parametrize("rounding", ["descent", "stochastic"])
+def test_fixed_point_keeps_its_integers_in_the_file(rounding: Any) -> None:
+    layers = QuantizeLayers(4, rounding, keep_ends=False, power_of_two=True)
+    quantize = Quantize(weights=False, power_of_two=True)
+    plain, (_, step) = done([quantize, layers])
+    assert all(change.what.startswith("4 bits as Q") for change in step.changes)
+    model, _ = done([quantize, layers, QuantizeConstants(power_of_two=True), StoreCodebooks()])
+    for node in model.graph.nodes:
+        if node.op in ("QuantizeLinear", "DequantizeLinear"):
+            fixed.fraction_bits(values(node.inputs[1]))
+    unpacked, _ = done([quantize, layers, QuantizeConstants(power_of_two=True)])
+    grids, convolutions = codes(unpacked), weights(plain)
+    assert len(grids) >= 3 and all(len(np.unique(q)) <= 16 for q in grids.values())
+    for weight in convolutions:
+        assert fixed.is_on_grid(weight, 0, Grid(4))
+    found = [node for node in unpacked.graph.nodes if node.op == "Conv"]
+    for node, weight in zip(found, convolutions, strict=True):
+        scale = values(node.inputs[1].inputs[0].inputs[1]).reshape(-1, 1, 1, 1)
+        np.testing.assert_array_equal(values(node.inputs[1].inputs[0].inputs[0]) * scale, weight)
+
+
+def test_a_seed_decides_what_chance_does() -> None:
+    made = []
+    for seed in (0, 0, 1):
+        model = load(NET)
+        context = Context(opset(model.graph), choose("x86-vnni"), seed=seed)
+        QuantizeLayers(rounding="stochastic", keep_ends=False).apply(model.graph, context)
+        made.append(weights(model))
+    assert all((a == b).all() for a, b in zip(made[0], made[1], strict=True))
+    assert all((a != b).any() for a, b in zip(made[0], made[2], strict=True))
+
+
+def test_fixed_point_that_has_its_bits_stays() -> None:
+    layers = QuantizeLayers(bits=4, keep_ends=False, power_of_two=True)
+    _, (_, again) = done([layers, layers])
+    assert not again.changes
+    assert {skip.reason for skip in again.skips} == {"not rounded: it has 4 bits already"}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

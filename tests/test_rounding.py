@@ -17,7 +17,7 @@ from onnxc.numerics.affine import Grid
 from onnxc.numerics.coded import Coded, solved
 from onnxc.numerics.columns import forward, sweep, triangles, upright
 from onnxc.numerics.fixed import power_of_two
-from onnxc.numerics.rounding import METHODS, Integers, Wish, ranges, rounded
+from onnxc.numerics.rounding import METHODS, Integers, Wish, ranges, rounded, shifts
 from onnxc.numerics.sparse import Quadratic
 
 Array = NDArray[Any]
@@ -163,6 +163,35 @@ def test_scales_may_be_powers_of_two() -> None:
     W, E = problem(6, 24)
     found = rounded(W, E, Wish(Grid(3), snap=power_of_two), "admm")
     np.testing.assert_array_equal(found.scales, power_of_two(found.scales))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_output_takes_the_best_power_of_two(bits: int) -> None:
+    W, E = problem(6, 24, seed=bits)
+    found = rounded(W, E, shifts(Grid(bits)))
+    np.testing.assert_array_equal(found.scales, power_of_two(found.scales))
+    least = np.full(W.shape[:2], np.inf)
+    for n in range(-4, 12):
+        codes = np.clip(np.rint(W * 2.0**n), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        D = W - codes * 2.0**-n
+        least = np.minimum(least, np.sum(E.times(D) * D, axis=2))
+    D = W - found.weight
+    assert (np.sum(E.times(D) * D, axis=2) <= least * (1 + 1e-9)).all()
+    plain = rounded(W, Quadratic(), shifts(Grid(bits)), "nearest").weight
+    assert np.square(W - plain).sum() <= np.square(W - found.weight).sum() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("make", [shifts, lambda grid, seed: Wish(grid, seed=seed)])
+def test_rounding_by_chance_keeps_the_mean(make: Any) -> None:
+    W, E = problem(3, 12, seed=1)
+    draws = [rounded(W, E, make(Grid(3), seed=seed), "stochastic") for seed in range(400)]
+    mean = np.mean([draw.weight for draw in draws], axis=0)
+    deviation = draws[0].scales / 2 / np.sqrt(len(draws))  # at most, of the mean
+    assert (np.abs(mean - W) < 4.5 * deviation).all()
+    assert all((np.abs(d.weight - W) < d.scales * (1 + 1e-6)).all() for d in draws)
+    again = rounded(W, E, make(Grid(3), seed=7), "stochastic")
+    np.testing.assert_array_equal(again.codes, draws[7].codes)
+    assert (again.codes != draws[8].codes).any()
 
 
 def test_mirrored_scales_lose_less_at_two_bits() -> None:

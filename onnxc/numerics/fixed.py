@@ -34,6 +34,8 @@ Array = NDArray[Any]
 Integers = NDArray[np.int64]
 Rounding = Literal["even", "up"]
 
+EXACT = 2**53  # below which float64 holds every integer
+
 
 def power_of_two(scale: Array | float) -> Array:
     """The least power of two that is not below each positive scale; float64."""
@@ -48,6 +50,15 @@ def neighbours(scale: Array | float) -> tuple[Array, Array]:
     return np.maximum(below, TINY), above
 
 
+def nearest(scale: Array | float) -> Array:
+    """The nearer one of the powers of two around each scale, of two as near the greater; float64.
+
+    An error that is a parabola in the scale, with its least at the given one, is the lesser there.
+    """
+    below, above = neighbours(scale)
+    return np.asarray(np.where(scale - below < above - scale, below, above))
+
+
 def closest(scale: Array, error: Callable[[Array], Array]) -> Array:
     """Of the powers of two around each scale the one with the lesser error; ties go to the greater.
 
@@ -58,7 +69,10 @@ def closest(scale: Array, error: Callable[[Array], Array]) -> Array:
 
 
 def weight_scales(weight: Array, axis: int | None, grid: Grid) -> Array:
-    """Powers of two of least squared error, float32: one a channel along `axis`, or one for all."""
+    """Powers of two of least squared error, float32: one a channel along `axis`, or one for all.
+
+    A weight that was rounded to fewer bits keeps its few integers, times one power of two for all.
+    """
     rank = weight.ndim
     others = None if axis is None else tuple(i for i in range(rank) if i != axis % rank)
 
@@ -67,7 +81,27 @@ def weight_scales(weight: Array, axis: int | None, grid: Grid) -> Array:
         drift = dequantize(q, scale, 0, axis).astype(np.float64) - weight
         return np.asarray(np.square(drift).sum(others))
 
-    return closest(affine.weight_scales(weight, axis, grid), error)
+    found = closest(affine.weight_scales(weight, axis, grid), error)
+    return found if error(found).any() else _in_common(weight, axis, grid, found)
+
+
+def _in_common(weight: Array, axis: int | None, grid: Grid, scale: Array) -> Array:
+    """Scales of the fewest different integers, of a weight that has integers at these scales."""
+    q = quantize(weight, scale, 0, grid, axis).astype(np.int64)
+    rows = q.reshape(1, -1) if axis is None else np.moveaxis(q, axis, 0).reshape(len(scale), -1)
+    spare = np.bitwise_or.reduce(rows, axis=1)  # its last bit is the last one of all
+    spare = np.where(spare == 0, 1, spare & -spare)
+    largest = max(int((np.abs(rows).max(axis=1) // spare).max(initial=0)), 1)
+    common = 1 << (max(grid.high // largest, 1).bit_length() - 1)
+    kept = np.where(rows.any(axis=1), spare / common, 1.0)
+    return np.asarray(scale * kept.reshape(scale.shape), np.float32)
+
+
+def is_on_grid(weight: Array, axis: int | None, grid: Grid) -> bool:
+    """Whether a weight is integers of a grid times powers of two already."""
+    scale = weight_scales(weight, axis, grid)
+    q = quantize(weight, scale, 0, grid, axis)
+    return bool((dequantize(q, scale, 0, axis) == weight).all())
 
 
 def fraction_bits(scale: Array | float) -> NDArray[np.int32]:
@@ -105,7 +139,15 @@ def clip(q: Integers, grid: Grid) -> Array:
 
 def matmul(x: Array, w: Array, bias: Array | int = 0) -> Integers:
     """Σ q_x q_w + q_b, (M, N) from (M, K), (K, N) and (N,)."""
-    return np.asarray(x.astype(np.int64) @ w.astype(np.int64) + np.asarray(bias, np.int64))
+    return _product(x.astype(np.int64), w.astype(np.int64)) + np.asarray(bias, np.int64)
+
+
+def _product(x: Integers, w: Integers) -> Integers:
+    """x w, by float64 where that is exact, for NumPy is slow with integers."""
+    peaks = int(np.abs(x).max(initial=0)) * int(np.abs(w).max(initial=0))
+    if peaks * x.shape[-1] >= EXACT:
+        return np.asarray(x @ w)
+    return (x.astype(np.float64) @ w.astype(np.float64)).astype(np.int64)
 
 
 def convolve(
@@ -135,5 +177,5 @@ def convolve(
     columns = windows.reshape(count, groups, channels, *size, *w.shape[2:])
     columns = np.moveaxis(columns, 2, 2 + rank).reshape(count, groups, int(np.prod(size)), -1)
     rows = w.astype(np.int64).reshape(groups, w.shape[0] // groups, -1)
-    sums = np.einsum("ngpk,gmk->ngmp", columns, rows).reshape(count, w.shape[0], *size)
+    sums = _product(columns, rows.swapaxes(1, 2)).swapaxes(2, 3).reshape(count, w.shape[0], *size)
     return np.asarray(sums + np.reshape(bias, (-1, *[1] * rank)).astype(np.int64))

@@ -2,7 +2,8 @@
 
     ŵ = s (q − z),      q in [low, high] of the grid (`onnxc.numerics.affine`)
 
-with one scale s for each output, or one for each block of columns of an output. METHODS:
+with one scale s for each output, or one for each block of columns of an output. METHODS, which look
+at the outputs of the layer, and one that draws:
 
     nearest     each weight by itself
     gptq        columns feed forward what they miss,       Frantar 2022; Chee 2023
@@ -10,6 +11,8 @@ with one scale s for each output, or one for each block of columns of an output.
     descent     from the better of both, codes by coordinate descent on the error of the outputs
                 and scales for these codes, in turn        the objective of Nagel 2020, AdaRound
     admm        the same from the best of these and ADMM   Leng 2018; slow, for 3 bits and fewer
+    stochastic  q = ⌊w / s + u⌋, u uniform in [0, 1), over the whole range: E[ŵ] = w
+                                                           Gupta 2015
 
 **Scales** start where the range r max |w|, of several ratios r, leaves the least of
 
@@ -20,7 +23,8 @@ For given codes the best ones are those of least squares; of one for each output
     s = (q C wᵀ) / (q C qᵀ)
 
 with q short for q − z; blocks of an output ask for each other (`onnxc.numerics.coded`). Zero points
-are integers of the grid, and stay where the first range puts them.
+are integers of the grid, and stay where the first range puts them. Scales that are powers of two
+(`shifts`) are too far apart to be solved for: each output takes the best of three in a row.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxc.numerics import coded
+from onnxc.numerics import coded, fixed
 from onnxc.numerics.admm import joined
 from onnxc.numerics.affine import TINY, Grid
 from onnxc.numerics.coded import Coded
@@ -41,9 +45,11 @@ from onnxc.numerics.sparse import Quadratic
 
 Array = NDArray[Any]
 Snap = Callable[[Floats], Floats]  # positive scales to those that are allowed
-Method = Literal["nearest", "gptq", "descent", "admm"]
+Method = Literal["nearest", "gptq", "descent", "admm", "stochastic"]
 
 FACTORS = (1.0, 0.9, 1.1)  # of scales, from which each output takes its best start
+OCTAVES = (1.0, 0.5, 2.0)  # the same of powers of two
+CLOSE = 1e-6  # of a scale, what rounding it to float32 takes
 RATIOS = (1.0, 0.97, 0.94, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.3)
 
 
@@ -58,7 +64,8 @@ class Wish:
 
     block: columns of one scale, 0 for all of an output. is_mirrored: scales may be negative, so
     that the longer side of a signed grid may lie above 0. keeps_zeros: weights that are 0 stay 0.
-    snap: which scales are allowed.
+    snap: which scales are allowed. is_free: whether they may be solved for. factors: of scales to
+    start from. seed: of what is random.
     """
 
     grid: Grid
@@ -66,6 +73,14 @@ class Wish:
     is_mirrored: bool = False
     keeps_zeros: bool = False
     snap: Snap = float32
+    is_free: bool = True
+    factors: tuple[float, ...] = FACTORS
+    seed: int = 0
+
+
+def shifts(grid: Grid, seed: int = 0) -> Wish:
+    """A wish for scales that are powers of two."""
+    return Wish(grid, snap=fixed.nearest, is_free=False, factors=OCTAVES, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,10 @@ class Integers:
     zeros: Floats
     block: int
     kept: Array | None = None
-    is_free: bool = True
+
+    @property
+    def is_free(self) -> bool:
+        return self.wish.is_free
 
     def nearest(self, X: Floats, t: Floats) -> tuple[Codes, Floats]:
         s, z = (_over(part, self.block, X.shape[2]) for part in (t, self.zeros))
@@ -144,14 +162,20 @@ def rounded(W: Floats, E: Quadratic, wish: Wish, method: Method = "descent") -> 
     """W (groups, outputs, d) on the integers of a grid."""
     block = min(wish.block, W.shape[2]) or W.shape[2]
     kept = (W == 0) if wish.keeps_zeros else None
-    scales, zeros = ranges(W, E, wish, block)
+    is_drawn = method == "stochastic"
+    scales, zeros = ranges(W, E, wish, block, () if is_drawn else RATIOS)
     family = Integers(wish, zeros, block, kept)
-    found = METHODS[method](W, E, family, scales)
+    found = drawn(W, family, scales) if is_drawn else METHODS[method](W, E, family, scales)
     return Rounded(found.codes.astype(np.int32), found.t, zeros.astype(np.int32), block)
 
 
-def ranges(W: Floats, E: Quadratic, wish: Wish, block: int) -> tuple[Floats, Floats]:
-    """Scales and zero points, (groups, outputs, blocks), of the best clipped ranges."""
+def ranges(
+    W: Floats, E: Quadratic, wish: Wish, block: int, ratios: tuple[float, ...] = RATIOS
+) -> tuple[Floats, Floats]:
+    """Scales and zero points, (groups, outputs, blocks), of the best clipped ranges.
+
+    ratios: to clip at; none for the whole range.
+    """
     grid, starts = wish.grid, np.arange(0, W.shape[2], block)
     low = np.minimum(np.minimum.reduceat(W, starts, axis=2), 0)
     high = np.maximum(np.maximum.reduceat(W, starts, axis=2), 0)
@@ -159,8 +183,10 @@ def ranges(W: Floats, E: Quadratic, wish: Wish, block: int) -> tuple[Floats, Flo
     unit = np.where(high > low, high - low, 1)  # in which float32 cannot overflow
     w, c = (W / _over(unit, block, W.shape[2])).astype(np.float32), _powers(E)
     signs = (1, -1) if wish.is_mirrored and grid.signed else (1,)
-    for ratio in (sign * r for r in RATIOS for sign in signs):
+    ratios = ratios if wish.is_free or not ratios else (2.0, *ratios)  # also the power above
+    for ratio in (sign * r for r in ratios for sign in signs):
         tried = _range(ratio * low, ratio * high, grid)
+        tried = tried if wish.is_free else (wish.snap(tried[0]), tried[1])
         parts = ((tried[0] / unit).astype(np.float32), tried[1].astype(np.float32))
         s, z = (_over(part, block, W.shape[2]) for part in parts)
         q = np.clip(np.rint(w / s) + z, grid.low, grid.high) - z
@@ -199,11 +225,23 @@ def _gptq(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Coded:
 
 
 def _starts(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Iterator[Coded]:
-    return coded.starts(W, E, family, [factor * scales for factor in FACTORS])
+    return coded.starts(W, E, family, [factor * scales for factor in family.wish.factors])
 
 
 def _descent(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Coded:
     return coded.fit(W, E, family, _starts(W, E, family, scales))
+
+
+def drawn(W: Floats, family: Integers, scales: Floats) -> Coded:
+    """Stochastic rounding."""
+    low, high = family.wish.grid.low, family.wish.grid.high
+    t = family.snap(scales)
+    t = np.where(t < (1 - CLOSE) * scales, 2 * t, t)  # the whole range: what is clipped is biased
+    s, z = (_over(part, family.block, W.shape[2]) for part in (t, family.zeros))
+    u = np.random.default_rng(family.wish.seed).random(W.shape)
+    q = np.clip(np.floor(W / s + u) + z, low, high)
+    q = q if family.kept is None else np.where(family.kept, z, q)
+    return Coded(t, q.astype(np.intp), s * (q - z))
 
 
 def _admm(W: Floats, E: Quadratic, family: Integers, scales: Floats) -> Coded:
