@@ -2,7 +2,11 @@
 
     static        on few integers in front of DequantizeLinear, for kernels that compute in 8 bits
     rounded       the same integers with their scales in a Mul; the model computes in float
-    weight-only   4 bits in blocks, where nothing was said about rounding
+    weight-only   4 bits in blocks that have a scale of their own
+    MatMulNBits   the same, multiplied as they are
+
+Blocks are rounded layer after layer, too, where the model was seen at work; if not, or where that
+is asked for, each weight to the nearest.
 
 Integers are stored in as many bits as they have, and unpacked as ONNX Runtime loads the file.
 """
@@ -18,7 +22,7 @@ from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, least_opset
 from onnxc.core import Context, Pass
 from onnxc.graph import Model
 from onnxc.ops import bounds, is_absorbed
-from onnxc.search import AUTO_RANGES, WIDE_OPSET, blocks_of_four, operators
+from onnxc.search import AUTO_RANGES, BLOCK, WIDE_OPSET, blocks_of_four, operators
 from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
 from passes.quantize_constants import QuantizeConstants
@@ -34,12 +38,16 @@ LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for. is_asked: whether the rounding was. ranges: None for the usual rule."""
+    """What is asked for. is_asked: whether the rounding was. ranges: None for the usual rule.
+
+    is_measured: whether samples are real, not made up.
+    """
 
     layers: QuantizeLayers
     is_asked: bool
     activations: Activations
     ranges: Ranges | None
+    is_measured: bool = True
 
 
 def ways(
@@ -49,12 +57,15 @@ def ways(
     convolves = bool(operators(model, context, channels=True))
     if wanted.activations != "float" and (convolves or wanted.activations != "auto"):
         return _in_integers(wanted, has_data, _is_clipped(model))
-    found = {"rounded": _in_float(wanted)} if convolves or not _has_blocks(wanted) else {}
-    return {**found, **(blocks_of_four(model, context) if _has_blocks(wanted) else {})}
+    found = {"rounded": _in_float(wanted)} if convolves or wanted.layers.bits != NIBBLE else {}
+    is_cut = wanted.layers.bits == NIBBLE and not (convolves and wanted.is_asked)
+    return {**found, **(blocks_of_four(model, context, *_in_blocks(wanted)) if is_cut else {})}
 
 
-def _has_blocks(wanted: Wanted) -> bool:
-    return wanted.layers.bits == NIBBLE and not wanted.is_asked
+def _in_blocks(wanted: Wanted) -> tuple[Pass, ...]:
+    """What rounds weights ahead of storing them in blocks."""
+    layers = replace(wanted.layers, block=BLOCK, smallest=LEAST)
+    return (layers,) if wanted.is_measured and layers.rounding != "nearest" else ()
 
 
 def _opset(bits: int) -> int:

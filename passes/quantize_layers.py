@@ -2,17 +2,18 @@
 
     min tr (W* − Ŵ) C (W* − Ŵ)ᵀ,    ŵ = s q,   −2^(b−1) ≤ q < 2^(b−1)
 
-with one scale s for each output (`onnxc.numerics.rounding`), layer after layer, with the layers
-before it rounded already. W* is the weight that best makes of what the layer now gets what it ought
-to give, C the metric around it (`onnxc.numerics.aim`), and the bias follows: it takes in what
-rounding did to the mean. Without `reconstruct`, or where a layer has no goal, W* is W and C that of
-its input. Where nothing is known of the input C is I.
+with one scale s for each output, or for each block of a sum (`onnxc.numerics.rounding`), layer
+after layer, with the layers before it rounded already. W* is the weight that best makes of what the
+layer now gets what it ought to give, C the metric around it (`onnxc.numerics.aim`), and the bias
+follows: it takes in what rounding did to the mean. Without `reconstruct`, or where a layer has no
+goal, W* is W and C that of its input. Where nothing is known of the input C is I.
 
 A layer never loses more than by rounding to the nearest on the same bits: of both, the lesser.
 
 The weights stay float here, on their grid. `quantize` finds the same integers again
 (`onnxc.numerics.lattice`) and computes with them; where scales stand `apart`, in a Mul that ONNX
-Runtime computes at load, the model computes in float. `store_codebooks` makes the file small.
+Runtime computes at load, the model computes in float. `store_codebooks` makes the file small. Of
+blocks, `quantize_weights` finds the integers again, and stores them (`onnxc.numerics.blocks`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from threadpoolctl import threadpool_limits
 
 from onnxc.biases import bias_of
 from onnxc.core import Change, Context, Goal, Key, Pass, Skip, register
+from onnxc.errors import OptionError
 from onnxc.goals import goal_of, has_bias, key_of, why_no_goal
 from onnxc.graph import values
 from onnxc.integer import refusal, weight_grid
 from onnxc.matrices import Layer, LeaveOut, error, layers, outside, place, shift_biases
 from onnxc.numerics.affine import Grid
 from onnxc.numerics.aim import Aim
+from onnxc.numerics.blocks import known_blocks
 from onnxc.numerics.lattice import lattice_scales
 from onnxc.numerics.rounding import Method, Rounded, Wish, rounded
 from onnxc.numerics.sparse import Quadratic
@@ -54,7 +57,8 @@ class QuantizeLayers:
     before them (gptq), or coordinate descent from there. keep_ends: whether first and last layers
     keep 8 bits. reconstruct: whether outputs ought to be those that the model had, or those of the
     layer. scales: inside the weights, for kernels that compute in integers, or apart, to store them
-    in few bits and compute in float. smallest: bytes below which a weight is left alone.
+    in few bits and compute in float. block: values of a sum that share a scale, 0 for all, where
+    weights are stored so. smallest: bytes below which a weight is left alone.
     """
 
     name: ClassVar[str] = "quantize-layers"
@@ -65,7 +69,12 @@ class QuantizeLayers:
     keep_ends: bool = True
     reconstruct: bool = True
     scales: Literal["inside", "apart"] = "inside"
+    block: Literal[0, 16, 32, 64, 128] = 0
     smallest: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block and self.scales == "apart":
+            raise OptionError("scales of blocks lie inside of a weight: leave out scales = apart")
 
     @property
     def keeps_statistics(self) -> bool:
@@ -101,11 +110,13 @@ class QuantizeLayers:
         """Why a weight stays as it is; empty if it need not."""
         if layer.obstacle:
             return layer.obstacle
-        if self.scales == "inside":
+        if self.scales == "inside" and not self.block:
             return self._unfit(layer, context)
         size = layer.size * np.dtype(layer.weight.dtype).itemsize
         if size < self.smallest:
             return f"its weight has {size} bytes, fewer than {self.smallest}"
+        if self.block:
+            return _uncut(layer)
         shape = (*layer.matrix.shape[:2], 1)
         is_apart = layer.gain(np.arange(1.0, 1 + np.prod(shape)).reshape(shape)) is not None
         return "" if is_apart else "its outputs lie along all axes of its weight"
@@ -118,14 +129,26 @@ class QuantizeLayers:
             return f"several rows of its weight make an output of {layer.nodes[0].op}"
         return reason
 
-    def grid(self, bits: int, context: Context) -> Grid:
-        """The integers of a weight; of 8 bits those that the kernels of the target take."""
+    def wish(self, bits: int, context: Context) -> Wish:
+        """What a weight is put on; of 8 bits the integers that the kernels of the target take."""
         is_wide = bits == WIDEST
-        return weight_grid(context.target) if is_wide and self.scales == "inside" else Grid(bits)
+        if self.block:
+            return Wish(Grid(bits, narrow=is_wide), self.block, is_mirrored=not is_wide)
+        is_inside = is_wide and self.scales == "inside"
+        return Wish(weight_grid(context.target) if is_inside else Grid(bits))
+
+    def is_done(self, layer: Layer, bits: int) -> bool:
+        """Whether a weight lies on so few integers already."""
+        if self.block:
+            rows = layer.matrix.reshape(-1, layer.matrix.shape[2], 1)
+            return known_blocks(rows, bits, self.block) is not None
+        axis = knowledge(layer.nodes[0]).out_axis
+        along = None if axis is None else axis(layer.nodes[0])
+        return lattice_scales(values(layer.weight), along, 2 ** (bits - 1)) is not None
 
     def solve(self, W: Array, E: Quadratic, bits: int, context: Context) -> Rounded:
         """W (groups, outputs, d) on its grid."""
-        return rounded(W, E, Wish(self.grid(bits, context)), self.rounding)
+        return rounded(W, E, self.wish(bits, context), self.rounding)
 
 
 @dataclass(frozen=True)
@@ -149,10 +172,7 @@ class RoundLayer:
 
     def _done(self) -> str:
         """Why nothing is left to do."""
-        axis = knowledge(self.layer.nodes[0]).out_axis
-        along = None if axis is None else axis(self.layer.nodes[0])
-        most = 2 ** (self.bits - 1)
-        is_done = lattice_scales(values(self.layer.weight), along, most) is not None
+        is_done = self.whole.is_done(self.layer, self.bits)
         return f"it has {self.bits} bits already" if is_done else ""
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
@@ -191,6 +211,13 @@ class RoundLayer:
         yield from place(
             graph, self.layer, made.codes, "rounded", what, self.layer.gain(made.scales)
         )
+
+
+def _uncut(layer: Layer) -> str:
+    """Why the sums of a layer are not cut into blocks; empty if they are."""
+    if layer.is_overlapping or not layer.keys:
+        return "it is rounded where it is stored: " + (layer.unmeasured or "its outputs overlap")
+    return ""
 
 
 def ends(graph: gs.Graph) -> frozenset[str]:
