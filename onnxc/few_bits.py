@@ -4,7 +4,11 @@
     fixed             the same with scales that are powers of two, and no others in the file
     rounded           integers with their scales in a Mul; the model computes in float
     SCHEME            levels of another scheme than rounding; the model computes in float
-    weight-only       4 bits in blocks, where nothing was said about rounding
+    weight-only       4 bits in blocks that have a scale of their own
+    MatMulNBits       the same, multiplied as they are
+
+Blocks are rounded layer after layer, too, where the model was seen at work; if not, or where that
+is asked for, each weight to the nearest.
 
 (`passes.quantize_layers`, `passes.quantize_levels`.) Codes are stored in as many bits as they have,
 and unpacked as ONNX Runtime loads the file.
@@ -22,7 +26,7 @@ from onnxc.core import Context, Pass
 from onnxc.errors import OptionError
 from onnxc.graph import Model
 from onnxc.ops import bounds, is_absorbed
-from onnxc.search import AUTO_RANGES, WIDE_OPSET, blocks_of_four, operators
+from onnxc.search import AUTO_RANGES, BLOCK, WIDE_OPSET, blocks_of_four, operators
 from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
 from passes.quantize_constants import QuantizeConstants
@@ -40,12 +44,16 @@ LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for. is_asked: whether the rounding was. ranges: None for the usual rule."""
+    """What is asked for. is_asked: whether the rounding was. ranges: None for the usual rule.
+
+    is_measured: whether samples are real, not made up.
+    """
 
     layers: QuantizeLayers | QuantizeLevels
     is_asked: bool
     activations: Activations
     ranges: Ranges | None
+    is_measured: bool = True
 
     @property
     def power_of_two(self) -> bool:
@@ -65,8 +73,12 @@ def ways(
     convolves = bool(operators(model, context, channels=True))
     if wanted.activations != "float" and (convolves or wanted.activations != "auto"):
         return _in_integers(wanted, has_data, _is_clipped(model))
-    found = {"rounded": _in_float(wanted)} if convolves or not _has_blocks(wanted) else {}
-    return {**found, **(blocks_of_four(model, context) if _has_blocks(wanted) else {})}
+    layers = wanted.layers
+    found = {"rounded": _in_float(wanted)} if convolves or layers.bits != NIBBLE else {}
+    if layers.bits != NIBBLE or (convolves and wanted.is_asked):
+        return found
+    cut = _in_blocks(layers, wanted.is_measured)
+    return {**found, **blocks_of_four(model, context, *cut)}
 
 
 def _of_levels(
@@ -81,8 +93,11 @@ def _of_levels(
     return _in_integers(wanted, has_data, _is_clipped(model))
 
 
-def _has_blocks(wanted: Wanted) -> bool:
-    return wanted.layers.bits == NIBBLE and not wanted.is_asked
+def _in_blocks(layers: QuantizeLayers, is_measured: bool) -> tuple[Pass, ...]:
+    """What rounds weights ahead of storing them in blocks."""
+    if layers.rounding == "nearest" or not is_measured:
+        return ()
+    return (replace(layers, block=BLOCK, smallest=LEAST),)
 
 
 def _opset(bits: int) -> int:

@@ -139,7 +139,7 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
     kind = "weight-only" if is_float else settings.format
     is_wide = settings.activations == 16 and settings.width != 16
     if settings.has_levels or settings.is_rounded or is_wide:
-        wanted = _wanted(settings, is_float)
+        wanted = _wanted(settings, is_float, piece.is_measured)
         return few_bits.ways(wanted, piece.model, piece.context, piece.has_data)
     return search.candidates(
         *(piece.model, piece.context, kind, ranges, settings.width),
@@ -148,13 +148,14 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
     )
 
 
-def _wanted(settings: QuantizeSettings, is_float: bool = False) -> Wanted:
+def _wanted(settings: QuantizeSettings, is_float: bool, is_measured: bool) -> Wanted:
     activations: Activations = "float" if is_float else settings.activations
     ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
     if settings.scheme == "fixed" and activations == "auto":
         activations = 8
     if not settings.has_levels:
-        return Wanted(_layers(settings), settings.rounding != "auto", activations, ranges)
+        is_asked = settings.rounding != "auto"
+        return Wanted(_layers(settings), is_asked, activations, ranges, is_measured)
     if activations == "auto" and settings.format == "qdq":
         activations = 8
     return Wanted(_levels(settings), True, activations, ranges)
@@ -188,4 +189,5 @@ def rescue(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[P
     found = search.fallback(piece.has_data)
     if not (piece.has_data and search.operators(piece.model, piece.context, channels=True)):
         return found
-    return {**found, **few_bits.ways(_wanted(settings), piece.model, piece.context, True)}
+    wanted = _wanted(settings, is_float=False, is_measured=piece.is_measured)
+    return {**found, **few_bits.ways(wanted, piece.model, piece.context, has_data=True)}

@@ -169,12 +169,15 @@ def _fixed(ranges: Ranges | None, bits: int, has_data: bool) -> tuple[Pass, ...]
     return (*_start(has_data, power_of_two=True), narrow)
 
 
-def blocks_of_four(model: Model, context: Context) -> dict[str, tuple[Pass, ...]]:
-    """Weights of 4 bits in blocks, expanded at load or multiplied as they are."""
-    upgrade = UpgradeOpset(WIDE_OPSET)
+def blocks_of_four(model: Model, context: Context, *first: Pass) -> dict[str, tuple[Pass, ...]]:
+    """Weights of 4 bits in blocks, expanded at load or multiplied as they are.
+
+    first: what is done to them before.
+    """
+    start = (UpgradeOpset(WIDE_OPSET), *first)
     ways: dict[str, tuple[Pass, ...]] = {
-        "weight-only": (upgrade, QuantizeWeights(bits=4, block=BLOCK)),
-        "MatMulNBits": (upgrade, QuantizeWeights(bits=4, block=BLOCK, form="matmulnbits")),
+        "weight-only": (*start, QuantizeWeights(bits=4, block=BLOCK)),
+        "MatMulNBits": (*start, QuantizeWeights(bits=4, block=BLOCK, form="matmulnbits")),
     }
     if not operators(model, context, channels=False):
         del ways["MatMulNBits"]

@@ -2,7 +2,7 @@
 
     min tr (W* − Ŵ) C (W* − Ŵ)ᵀ,    ŵ = s q,   −2^(b−1) ≤ q < 2^(b−1)
 
-with one scale s for each output (`onnxc.numerics.rounding`), a power of two for fixed point, layer
+with one scale s for each output, or for each block of a sum (`onnxc.numerics.rounding`), layer
 after layer, with the layers before it rounded already. W* is the weight that best makes of what the
 layer now gets what it ought to give, C the metric around it (`onnxc.numerics.aim`), and the bias
 follows: it takes in what rounding did to the mean. Without `reconstruct`, or where a layer has no
@@ -13,7 +13,8 @@ unless it is rounded by chance, which keeps the weights as they are on average.
 
 The weights stay float here, on their grid. `quantize` finds the same integers again
 (`onnxc.numerics.lattice`) and computes with them; where scales stand `apart`, in a Mul that ONNX
-Runtime computes at load, the model computes in float. `store_codebooks` makes the file small.
+Runtime computes at load, the model computes in float. `store_codebooks` makes the file small. Of
+blocks, `quantize_weights` finds the integers again, and stores them (`onnxc.numerics.blocks`).
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from threadpoolctl import threadpool_limits
 
 from onnxc.core import Change, Context, Key, Pass, Skip, register
 from onnxc.ends import ends
+from onnxc.errors import OptionError
 from onnxc.fitted import FitLayer, Made, along, is_on_lattice, layer_goal, unfit
 from onnxc.graph import values
 from onnxc.integer import weight_grid
 from onnxc.matrices import Layer, LeaveOut, layers, outside
 from onnxc.numerics import fixed
 from onnxc.numerics.affine import Grid
+from onnxc.numerics.blocks import known_blocks
 from onnxc.numerics.rounding import Method, Wish, rounded, shifts
 from onnxc.numerics.sparse import Quadratic
 
@@ -54,8 +57,9 @@ class QuantizeLayers:
     before them (gptq), coordinate descent from there, or by chance (stochastic). keep_ends: whether
     first and last layers keep 8 bits. reconstruct: whether outputs ought to be those that the model
     had, or those of the layer. scales: inside the weights, for kernels that compute in integers, or
-    apart, to store them in few bits and compute in float. smallest: bytes below which a weight is
-    left alone. power_of_two: whether scales are powers of two.
+    apart, to store them in few bits and compute in float. block: values of a sum that share a
+    scale, 0 for all, where weights are stored so. smallest: bytes below which a weight is left
+    alone. power_of_two: whether scales are powers of two, for fixed point.
     """
 
     name: ClassVar[str] = "quantize-layers"
@@ -66,8 +70,13 @@ class QuantizeLayers:
     keep_ends: bool = True
     reconstruct: bool = True
     scales: Literal["inside", "apart"] = "inside"
+    block: Literal[0, 16, 32, 64, 128] = 0
     smallest: int = 0
     power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block and self.scales == "apart":
+            raise OptionError("scales of blocks lie inside of a weight: leave out scales = apart")
 
     @property
     def keeps_statistics(self) -> bool:
@@ -102,26 +111,33 @@ class QuantizeLayers:
         """Why a weight stays as it is; empty if it need not."""
         if layer.obstacle:
             return layer.obstacle
-        if self.scales == "inside":
+        if self.scales == "inside" and not self.block:
             return unfit(layer, context.target)
         size = layer.size * np.dtype(layer.weight.dtype).itemsize
         if size < self.smallest:
             return f"its weight has {size} bytes, fewer than {self.smallest}"
+        if self.block:
+            return _uncut(layer)
         return "" if layer.has_gains else "its outputs lie along all axes of its weight"
 
-    def grid(self, bits: int, context: Context) -> Grid:
-        """The integers of a weight; of 8 bits those that the kernels of the target take."""
-        is_wide = bits == WIDEST
-        return weight_grid(context.target) if is_wide and self.scales == "inside" else Grid(bits)
-
     def wish(self, layer: Layer, bits: int, context: Context) -> Wish:
-        """What a weight is put on; each layer draws other numbers."""
-        grid = self.grid(bits, context)
-        seed = zlib.crc32(f"{context.seed} {layer.name}".encode())
+        """What a weight is put on; of 8 bits the integers that the kernels of the target take.
+
+        Each layer draws other numbers.
+        """
+        seed, is_wide = zlib.crc32(f"{context.seed} {layer.name}".encode()), bits == WIDEST
+        if self.block:
+            grid = Grid(bits, narrow=is_wide)
+            return Wish(grid, self.block, is_mirrored=not is_wide, seed=seed)
+        is_inside = is_wide and self.scales == "inside"
+        grid = weight_grid(context.target) if is_inside else Grid(bits)
         return shifts(grid, seed) if self.power_of_two else Wish(grid, seed=seed)
 
     def _is_done(self, layer: Layer, bits: int) -> bool:
         """Whether a weight is on such integers already."""
+        if self.block:
+            rows = layer.matrix.reshape(-1, layer.matrix.shape[2], 1)
+            return known_blocks(rows, bits, self.block) is not None
         if self.power_of_two:
             return fixed.is_on_grid(values(layer.weight), along(layer), Grid(bits))
         return is_on_lattice(layer, bits)
@@ -131,3 +147,10 @@ class QuantizeLayers:
         kind = f" as {fixed.name(made.scales, bits, True)}" if self.power_of_two else ""
         parts = None if self.scales == "inside" else (made.codes, made.scales)
         return Made(made.weight, f"{bits} bits{kind}", parts)
+
+
+def _uncut(layer: Layer) -> str:
+    """Why the sums of a layer are not cut into blocks; empty if they are."""
+    if layer.is_overlapping or not layer.keys:
+        return "it is rounded where it is stored: " + (layer.unmeasured or "its outputs overlap")
+    return ""

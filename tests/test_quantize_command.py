@@ -298,3 +298,19 @@ def test_weights_are_rounded_for_their_outputs_where_all_else_falls_short(
     assert any("static, rounded: " in note for note in rescued.notes)
     assert rescued.comparison is not None
     assert rescued.comparison.sqnr >= plain.comparison.sqnr
+
+
+def test_products_in_blocks_of_four_bits_are_rounded_by_their_outputs(capsys: Any) -> None:
+    arguments = ("quantize", TOKENS, "--data", TOKEN_DATA, "--samples", 40, "--bits", 4)
+    found = report_of(capsys, *arguments, "-o", "o.onnx")
+    nearest = report_of(capsys, *arguments, "--rounding", "nearest", "-o", "n.onnx")
+    assert {found["way"], nearest["way"]} <= {"weight-only", "MatMulNBits"}
+    assert found["comparison"]["sqnr"] > nearest["comparison"]["sqnr"] + 2
+    assert found["after"]["bytes"] < found["before"]["bytes"] / 4
+    names = [p.name for p in loads(found["recipe"]).passes]
+    assert names[-3:] == ["upgrade-opset", "quantize-layers", "quantize-weights"]
+
+
+def test_made_up_samples_round_no_layers(capsys: Any) -> None:
+    found = report_of(capsys, "quantize", TOKENS, "--bits", 4, "-o", "o.onnx")
+    assert "quantize-layers" not in found["recipe"]
