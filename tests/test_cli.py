@@ -431,7 +431,9 @@ def test_options_come_from_fields(arguments: str, expected: Settings) -> None:
     assert settings_from(*arguments.split()) == expected
 
 
-@pytest.mark.parametrize("arguments", ["--share x", "--word slow", "--bits 5", "--low a,b", "--mixed 7"])
+@pytest.mark.parametrize(
+    "arguments", ["--share x", "--word slow", "--bits 5", "--low a,b", "--mixed 7"]
+)
 def test_options_refuse_other_types(arguments: str) -> None:
     with pytest.raises(click.BadParameter):
         settings_from(*arguments.split())
