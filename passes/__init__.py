@@ -13,7 +13,10 @@ from passes.fold_norm import FoldNorm
 from passes.merge_bias import MergeBias
 from passes.prune import Prune
 from passes.quantize import Quantize
+from passes.quantize_constants import QuantizeConstants
 from passes.quantize_dynamic import QuantizeDynamic
+from passes.quantize_layers import QuantizeLayers
+from passes.quantize_levels import QuantizeLevels
 from passes.quantize_weights import QuantizeWeights
 from passes.reconstruct import Reconstruct
 from passes.share_constants import ShareConstants
@@ -39,7 +42,10 @@ __all__ = [
     "MergeBias",
     "Prune",
     "Quantize",
+    "QuantizeConstants",
     "QuantizeDynamic",
+    "QuantizeLayers",
+    "QuantizeLevels",
     "QuantizeWeights",
     "Reconstruct",
     "ShareConstants",

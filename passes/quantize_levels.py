@@ -52,6 +52,7 @@ Array = NDArray[Any]
 Scheme = Literal["pow2", "ternary", "binary", "admm", "levels"]
 
 WIDEST = 8  # bits, which ends keep
+SHARED = 320  # bytes that the first chain of a file may take besides its own
 SOLVERS = {"binary": "bases"}  # what numerics call it
 INTEGERS = {"ternary": "twn"}  # the scheme of one number for each output
 
@@ -148,7 +149,8 @@ class QuantizeLevels:
         if is_end or self._has_one_number(layer):
             count, bits = (1 << WIDEST, WIDEST) if is_end else (len(self.pattern), self.bits)
             stored = stored_bytes(layer.size, count, bits, itemsize) + rows * itemsize
-        return f"of {size} bytes of its weight, that saves none" if stored >= size else ""
+        is_smaller = stored + SHARED < size
+        return "" if is_smaller else f"of {size} bytes of its weight, that saves none"
 
     def _unwritable(self, layer: Layer, is_end: bool, opset: int) -> str:
         """Why operators would not make its weight."""
