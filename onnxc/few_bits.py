@@ -5,21 +5,26 @@
     rounded       the same integers with their scales in a Mul; the model computes in float
     weight-only   4 bits in blocks, where nothing was said about rounding
 
+With an average of bits, each layer gets its own (`onnxc.bit_plan`).
+
 Integers are stored in as many bits as they have, and unpacked as ONNX Runtime loads the file.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from onnxc.bit_plan import WIDTHS, planned
 from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, least_opset
-from onnxc.core import Context, Pass
+from onnxc.core import Pass
 from onnxc.graph import Model
 from onnxc.ops import bounds, is_absorbed
 from onnxc.search import AUTO_RANGES, WIDE_OPSET, blocks_of_four, operators
+from onnxc.workpiece import Workpiece
 from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
 from passes.quantize_constants import QuantizeConstants
@@ -35,36 +40,59 @@ LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for. is_asked: whether the rounding was. ranges: None for the usual rule."""
+    """What is asked for. is_asked: whether the rounding was. ranges: None for the usual rule.
+
+    average: bits of a weight, where layers get what they need; None where all get the same.
+    """
 
     layers: QuantizeLayers
     is_asked: bool
     activations: Activations
     ranges: Ranges | None
+    average: float | None = None
 
 
-def ways(
-    wanted: Wanted, model: Model, context: Context, has_data: bool
-) -> Mapping[str, tuple[Pass, ...]]:
+def ways(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The ways worth trying for a model, by name."""
+    model, context = piece.model, piece.context
     convolves = bool(operators(model, context, channels=True))
     if wanted.activations != "float" and (convolves or wanted.activations != "auto"):
-        return _in_integers(wanted, has_data, _is_clipped(model))
-    found = {"rounded": _in_float(wanted)} if convolves or not _has_blocks(wanted) else {}
+        return _in_integers(wanted, piece)
+    found = _in_float(wanted, piece) if convolves or not _has_blocks(wanted) else {}
     return {**found, **(blocks_of_four(model, context) if _has_blocks(wanted) else {})}
 
 
 def _has_blocks(wanted: Wanted) -> bool:
-    return wanted.layers.bits == NIBBLE and not wanted.is_asked
+    return wanted.layers.bits == NIBBLE and not wanted.is_asked and wanted.average is None
 
 
-def _opset(bits: int) -> int:
-    return NIBBLE_OPSET if bits == NIBBLE else least_opset(bits)
+def _opset(wanted: Wanted) -> int:
+    """The least one that unpacks the codes."""
+    widths = (wanted.layers.bits,) if wanted.average is None else WIDTHS
+    return max(NIBBLE_OPSET if bits == NIBBLE else least_opset(bits) for bits in widths)
 
 
-def _in_float(wanted: Wanted) -> tuple[Pass, ...]:
+def _in_float(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     layers = replace(wanted.layers, scales="apart", smallest=LEAST)
-    return (UpgradeOpset(_opset(layers.bits)), layers, StoreCodebooks())
+    start = (UpgradeOpset(_opset(wanted)),)
+    name, layers = _planned("rounded", layers, wanted, piece, start)
+    return {name: (*start, layers, StoreCodebooks())}
+
+
+def _planned(
+    name: str,
+    layers: QuantizeLayers,
+    wanted: Wanted,
+    piece: Workpiece,
+    start: tuple[Pass, ...],
+) -> tuple[str, QuantizeLayers]:
+    """The pass with the bits of each layer, and the name of the way with how many have which."""
+    if wanted.average is None:
+        return name, layers
+    found = planned(layers, wanted.average, piece, start)
+    counts = sorted(Counter(found.of_layers.values()).items())
+    told = ", ".join(f"{count} of {bits}" for bits, count in counts)
+    return f"{name}, layers of bits: {told}" if told else name, found
 
 
 def _is_clipped(model: Model) -> bool:
@@ -77,25 +105,23 @@ def _is_clipped(model: Model) -> bool:
     return any(math.isfinite(bounds(node)[1]) for node in nodes)
 
 
-def _in_integers(
-    wanted: Wanted, has_data: bool, is_clipped: bool
-) -> Mapping[str, tuple[Pass, ...]]:
+def _in_integers(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """Activations first, so that layers are rounded for what the runtime will give them.
 
     Statistics that were gathered before are not of quantized tensors: then layers come first.
     """
     is_wide = wanted.activations == 16
-    opset = max(_opset(wanted.layers.bits), WIDE_OPSET if is_wide else 0)
+    opset = max(_opset(wanted), WIDE_OPSET if is_wide else 0)
     start: tuple[Pass, ...] = (
         UpgradeOpset(opset),
-        *((Equalize(),) if has_data and is_clipped else ()),
+        *((Equalize(),) if piece.has_data and _is_clipped(piece.model) else ()),
     )
     bits: Literal[8, 16] = 16 if is_wide else 8
     pow2 = wanted.layers.power_of_two
     quantize = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits, power_of_two=pow2)
-    integers: tuple[Pass, ...] = (replace(wanted.layers, reconstruct=False), quantize)
-    if has_data:
-        integers = (replace(quantize, weights=False), wanted.layers, QuantizeConstants(pow2))
+    name, layers = _planned("fixed" if pow2 else "static", wanted.layers, wanted, piece, start)
+    integers: tuple[Pass, ...] = (replace(layers, reconstruct=False), quantize)
+    if piece.has_data:
+        integers = (replace(quantize, weights=False), layers, QuantizeConstants(pow2))
     rest: tuple[Pass, ...] = () if pow2 else (QuantizeWeights(),)
-    name = "fixed" if pow2 else "static"
     return {name: (*start, *integers, *rest, StoreCodebooks(), ShareConstants())}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from onnxc import few_bits, search
 from onnxc.core import Pass
@@ -25,10 +25,12 @@ class QuantizeSettings:
     format: how the integers are written; auto chooses for each layer by what it measures.
     scheme: affine (scale and zero point), or fixed point: scales that are powers of two, zero point
         0, signed Qm.n, or unsigned UQm.n where no value is negative; shifts and standard operators.
-    bits: of the weights; 16 are for fixed point, of activations, too.
+    bits: of the weights; 16 are for fixed point, of activations, too. A number with a point, such
+        as 3.5 or 4.0, is an average, and each layer gets the bits that its outputs need.
     rounding: of the weights: each to the nearest, or as the outputs of their layer ask for, by
         columns that make up for those before (gptq) or by coordinate descent; auto: nearest for 8
-        bits, descent for fewer. stochastic: up or down by chance, such that the mean stays.
+        bits, descent for fewer and for fixed point. stochastic: up or down by chance, such that the
+        mean stays.
     activations: bits of the activations, or float, to store weights in few bits and compute in
         float; auto: 8, and float for fewer than 8 bits of weights where nothing convolves.
     keep_ends: whether first and last layers keep 8 bits where the others get fewer.
@@ -37,11 +39,11 @@ class QuantizeSettings:
 
     format: Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"] = "auto"
     scheme: Literal["affine", "fixed"] = "affine"
-    bits: Bits = 8
+    bits: Bits | float = 8
     rounding: Literal["auto", "nearest", "gptq", "descent", "stochastic"] = "auto"
     activations: Literal["auto", 8, 16, "float"] = "auto"
     keep_ends: bool = True
-    ranges: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
+    ranges: Literal["auto"] | Ranges = "auto"
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -49,17 +51,22 @@ class QuantizeSettings:
     @property
     def suffix(self) -> str:
         """Of the file that is written."""
-        return f"int{self.bits}"
+        return f"int{self.bits:g}"
 
     @property
     def is_rounded(self) -> bool:
         """Whether weights are put on their integers layer after layer."""
-        return self.bits < 8 or (self.bits == 8 and self.rounding not in ("auto", "nearest"))
+        if isinstance(self.bits, float):
+            return True
+        plain = ("nearest",) if self.scheme == "fixed" else ("auto", "nearest")
+        return self.bits < 8 or (self.bits == 8 and self.rounding not in plain)
 
 
 def check_settings(settings: QuantizeSettings) -> None:
     """Refuse settings that do not go together. Raises OptionError with one sentence."""
     kind, bits, given = settings.format, settings.bits, settings.activations
+    if isinstance(bits, float) and not 2 <= bits <= 8:
+        raise OptionError(f"layers have 2 to 8 bits: their average cannot be {bits:g}")
     if settings.scheme == "fixed":
         _check_fixed(settings)
         return
@@ -98,20 +105,22 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
         activations: Activations = "float" if is_float else settings.activations
         if settings.scheme == "fixed" and activations == "auto":
             activations = 8
-        wanted = Wanted(_layers(settings), settings.rounding != "auto", activations, ranges)
-        return few_bits.ways(wanted, piece.model, piece.context, piece.has_data)
+        average = settings.bits if isinstance(settings.bits, float) else None
+        is_asked = settings.rounding != "auto"
+        wanted = Wanted(_layers(settings), is_asked, activations, ranges, average)
+        return few_bits.ways(wanted, piece)
     return search.candidates(
-        *(piece.model, piece.context, kind, ranges, settings.bits),
+        *(piece.model, piece.context, kind, ranges, int(settings.bits)),
         pow2=settings.scheme == "fixed",
         has_data=piece.has_data,
     )
 
 
 def _layers(settings: QuantizeSettings) -> QuantizeLayers:
-    assert settings.bits != 16
+    bits: Any = 4 if isinstance(settings.bits, float) else settings.bits
     rounding = "descent" if settings.rounding == "auto" else settings.rounding
     return QuantizeLayers(
-        *(settings.bits, rounding, settings.keep_ends),
+        *(bits, rounding, settings.keep_ends),
         reconstruct=rounding != "stochastic",
         power_of_two=settings.scheme == "fixed",
     )

@@ -31,6 +31,7 @@ from threadpoolctl import threadpool_limits
 
 from onnxc.biases import bias_of
 from onnxc.core import Change, Context, Goal, Key, Pass, Skip, register
+from onnxc.errors import OptionError
 from onnxc.goals import goal_of, has_bias, key_of, why_no_goal
 from onnxc.graph import values
 from onnxc.integer import refusal, weight_grid
@@ -59,7 +60,8 @@ class QuantizeLayers:
     first and last layers keep 8 bits. reconstruct: whether outputs ought to be those that the model
     had, or those of the layer. scales: inside the weights, for kernels that compute in integers, or
     apart, to store them in few bits and compute in float. smallest: bytes below which a weight is
-    left alone. power_of_two: whether scales are powers of two.
+    left alone. power_of_two: whether scales are powers of two. widths: LAYER=BITS for layers that
+    have other bits than the rest, ends or not.
     """
 
     name: ClassVar[str] = "quantize-layers"
@@ -72,6 +74,23 @@ class QuantizeLayers:
     scales: Literal["inside", "apart"] = "inside"
     smallest: int = 0
     power_of_two: bool = False
+    widths: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, bits in self.of_layers.items():
+            if not 2 <= bits <= WIDEST:
+                raise OptionError(f"layer {name} cannot have {bits} bits: give 2 to {WIDEST}")
+
+    @property
+    def of_layers(self) -> dict[str, int]:
+        """Bits of single layers. Raises OptionError for one that is not LAYER=BITS."""
+        found = {}
+        for text in self.widths:
+            name, _, bits = text.rpartition("=")
+            if not name or not bits.isdigit():
+                raise OptionError(f"{text!r} is not LAYER=BITS, such as /conv1=3")
+            found[name] = int(bits)
+        return found
 
     @property
     def keeps_statistics(self) -> bool:
@@ -91,8 +110,10 @@ class QuantizeLayers:
         """One step a layer, in the order of first nodes."""
         yield LeaveOut(tuple(outside(graph, "rounded")))
         kept = ends(graph) if self.keep_ends else frozenset[str]()
+        given = self.of_layers
         for layer in layers(graph, context.only.names(graph)):
             bits = WIDEST if any(n.name in kept for n in layer.nodes) else self.bits
+            bits = given.get(layer.name, bits)
             yield RoundLayer(self, layer, self.goal(layer, graph, context), bits)
 
     def goal(self, layer: Layer, graph: gs.Graph, context: Context) -> Goal | None:
