@@ -14,7 +14,18 @@ entropy     least KL(P || Q) = sum P log(P / Q), where P is the histogram inside
             outliers added to its end bins and Q the same histogram averaged over the non-empty bins
             of each level (Migacz 2017, "8-bit inference with TensorRT").
 mse         least E[(x - q(x))^2], clipping and rounding together, evaluated on the bins
-            (Sung 2015; Banner 2019 gives the closed forms for Gauss and Laplace).
+            (Sung 2015).
+aciq        the same in closed form, x being a Gauss or a Laplace (Banner 2019).
+hwgq        the same for half a Gauss on each side of zero (Cai 2017).
+            Both: `onnxc.numerics.activation_levels`.
+output      least E[ω(x) (x - q(x))^2], the error of the output y = W x of what reads x, whose
+            errors in channels j do not know of each other: with u_j = |W_j|^2 and m_j = E[x_j^2]
+
+                ω(x) = sum_j u_j P(j | x),   P(j | x) ~ exp(-|x| sqrt(2 / m_j)) / sqrt(m_j),
+
+            each channel being a Laplace. So an end is cut off where only channels reach that count
+            little (Choi 2018, PACT, and Jung 2019, QIL, learn such ends). As mse where no layer
+            reads x itself, or moments are not known.
 """
 
 from __future__ import annotations
@@ -28,6 +39,8 @@ from numpy.typing import NDArray
 
 from calib.observers import SIDE, HistogramObserver, RangeObserver
 from onnxc.errors import OptionError
+from onnxc.numerics.activation_levels import aciq, hwgq
+from onnxc.numerics.kmeans import Points
 
 Floats = NDArray[np.float64]
 CANDIDATES = 192  # ranges that a search compares on its coarse grids, and again on its fine ones
@@ -36,11 +49,15 @@ EMPTY = 1e-4  # counts that stand for an empty level, whose divergence would be 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the range is for. percentile: percent of the data to keep, for that method."""
+    """What the range is for. percentile: percent of the data to keep, for that method.
+
+    importance: ω of each bin, for the error of an output; None: 1.
+    """
 
     bits: int = 8
     symmetric: bool = False
     percentile: float = 99.99
+    importance: Floats | None = None
 
     @property
     def levels(self) -> int:
@@ -53,6 +70,7 @@ def choose(
     bits: int = 8,
     symmetric: bool = False,
     percentile: float = 99.99,
+    importance: Floats | None = None,
 ) -> tuple[float, float]:
     """(low, high) with low <= 0 <= high; (0, 0) when no value, or nothing but zero, was seen.
 
@@ -63,7 +81,7 @@ def choose(
         raise OptionError(f"range method {method!r} is unknown; use one of {', '.join(METHODS)}")
     if not 0 < percentile <= 100:
         raise OptionError(f"percentile {percentile} is not in (0, 100]; 99.99 is usual")
-    rule = Rule(bits, symmetric, percentile)
+    rule = Rule(bits, symmetric, percentile, importance)
     if method == "minmax":
         return minmax(observer, rule)
     if not isinstance(observer, HistogramObserver):
@@ -71,8 +89,8 @@ def choose(
     low, high = minmax(observer, rule)
     if low == high or observer.binned == 0:
         return low, high
-    low, high = METHODS[method](observer, rule)
-    return float(min(low, 0.0)), float(max(high, 0.0))
+    least, most = METHODS[method](observer, rule)
+    return float(min(least, 0.0)), float(max(most, 0.0))
 
 
 def minmax(observer: HistogramObserver | RangeObserver, rule: Rule) -> tuple[float, float]:
@@ -150,22 +168,72 @@ def divergence(
 
 def mse(observer: HistogramObserver, rule: Rule) -> tuple[float, float]:
     """The range of least expected squared error; both ends are searched."""
+    return _least_error(observer, rule, None)
+
+
+def _least_error(
+    observer: HistogramObserver, rule: Rule, importance: Floats | None
+) -> tuple[float, float]:
     low, high = minmax(observer, rule)
 
     def cost(lows: Floats, highs: Floats) -> Floats:
         scale = (highs * high - lows * low) / (rule.levels - 1)
-        return squared_error(observer, scale, np.rint(-lows * low / scale), rule.levels)
+        zero = np.rint(-lows * low / scale)
+        return squared_error(observer, scale, zero, rule.levels, importance)
 
     shrink_low, shrink_high = _search(cost, low < 0, high > 0, rule.symmetric)
     return low * shrink_low, high * shrink_high
 
 
-def squared_error(observer: HistogramObserver, scale: Floats, zero: Floats, levels: int) -> Floats:
-    """E[(x - q(x))^2] of quantizers of a tensor: scale (n,), zero point in 0 .. levels - 1 (n,)."""
+def output(observer: HistogramObserver, rule: Rule) -> tuple[float, float]:
+    """The range of least expected error of what reads the tensor."""
+    return _least_error(observer, rule, rule.importance)
+
+
+def importance(observer: HistogramObserver, u: Floats, m: Floats) -> Floats | None:
+    """ω of each bin, from u_j and m_j of the channels; None where no channel counts."""
+    is_live = (m > 0) & np.isfinite(m) & np.isfinite(u)
+    u, scale = u[is_live], np.sqrt(2 / m[is_live])
+    if not u.any():
+        return None
+    logs = np.log(scale) - np.abs(centres(observer))[:, None] * scale
+    shares = np.exp(logs - logs.max(axis=1, keepdims=True))
+    return np.asarray(shares @ u / (shares.sum(axis=1) * u.mean()))
+
+
+def _closed(
+    form: Callable[[Points, int, bool], tuple[float, float]],
+) -> Callable[[HistogramObserver, Rule], tuple[float, float]]:
+    """A range in closed form, within the one of the data; that one where the form has none."""
+
+    def method(observer: HistogramObserver, rule: Rule) -> tuple[float, float]:
+        limits = minmax(observer, rule)
+        filled = np.flatnonzero(observer.counts)
+        counts = observer.counts[filled].astype(np.float64)
+        points = Points(centres(observer)[filled], counts, counts)
+        low, high = form(points, rule.bits, rule.symmetric)
+        low, high = max(min(low, 0.0), limits[0]), min(max(high, 0.0), limits[1])
+        return (low, high) if low < high else limits
+
+    return method
+
+
+def squared_error(
+    observer: HistogramObserver,
+    scale: Floats,
+    zero: Floats,
+    levels: int,
+    importance: Floats | None = None,
+) -> Floats:
+    """E[(x - q(x))^2] of quantizers of a tensor: scale (n,), zero point in 0 .. levels - 1 (n,).
+
+    importance: ω of each bin.
+    """
     filled = np.flatnonzero(observer.counts)
     unit = observer.width  # in which float32 cannot overflow
     x = (centres(observer)[filled] / unit).astype(np.float32)
-    weights = (observer.counts[filled] / max(observer.binned, 1)).astype(np.float32)
+    shares = observer.counts[filled] / max(observer.binned, 1)
+    weights = (shares if importance is None else shares * importance[filled]).astype(np.float32)
     s, z = (scale / unit).astype(np.float32)[:, None], zero.astype(np.float32)[:, None]
     error = x / s
     np.rint(error, out=error)
@@ -233,4 +301,7 @@ METHODS: dict[str, Callable[[HistogramObserver, Rule], tuple[float, float]]] = {
     "percentile": percentile,
     "entropy": entropy,
     "mse": mse,
+    "aciq": _closed(aciq),
+    "hwgq": _closed(hwgq),
+    "output": output,
 }

@@ -16,19 +16,21 @@ divergence of classes 2 points more than squared errors.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from calib.data import Dataset
 from calib.inputs import fixed_batch
-from onnxc.core import Key, Pass
+from onnxc.core import Change, Context, Key, Pass, Skip
 from onnxc.criteria import View, rank
 from onnxc.errors import ModelError
 from onnxc.graph import copy, is_spilling, runnable
+from onnxc.matrices import layers, put
 from onnxc.numerics.allocation import Curve, through
 from onnxc.runtime import run, session
 from onnxc.workpiece import Workpiece
@@ -73,6 +75,24 @@ class Judge:
         except ModelError:
             return WORST
         return min(_distance(self.reference, made, _noise if self.is_noise else _apart), WORST)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Put a weight, as a matrix, in place of that of one layer, to be judged."""
+
+    layer: str
+    weight: Array
+    name: ClassVar[str] = "placed"
+    lossless: ClassVar[bool] = False
+
+    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
+        return ()
+
+    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+        found = layers(graph, context.only.names(graph), everything=True)
+        layer = next(layer for layer in found if layer.name == self.layer)
+        return list(put(graph, layer, self.weight, context, "tried", "tried"))
 
 
 def measure(

@@ -8,7 +8,8 @@
     MatMulNBits       the same, multiplied as they are
 
 Blocks are rounded layer after layer, too, where the model was seen at work; if not, or where that
-is asked for, each weight to the nearest.
+is asked for, each weight to the nearest. With an average of bits, each layer gets its own
+(`onnxc.bit_plan`).
 
 (`passes.quantize_layers`, `passes.quantize_levels`.) Codes are stored in as many bits as they have,
 and unpacked as ONNX Runtime loads the file.
@@ -17,16 +18,19 @@ and unpacked as ONNX Runtime loads the file.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from onnxc.bit_plan import WIDTHS, planned
 from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, least_opset
-from onnxc.core import Context, Pass
+from onnxc.core import Pass
 from onnxc.errors import OptionError
 from onnxc.graph import Model
 from onnxc.ops import bounds, is_absorbed
 from onnxc.search import AUTO_RANGES, BLOCK, WIDE_OPSET, blocks_of_four, operators
+from onnxc.workpiece import Workpiece
 from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
 from passes.quantize_constants import QuantizeConstants
@@ -38,6 +42,7 @@ from passes.store_codebooks import StoreCodebooks
 from passes.upgrade_opset import UpgradeOpset
 
 Activations = Literal["auto", 8, 16, "float"]
+OfLayers = QuantizeLayers | QuantizeLevels
 IN_FLOAT = ", in float"  # ends the names of ways on levels
 LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 
@@ -46,14 +51,14 @@ LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 class Wanted:
     """What is asked for. is_asked: whether the rounding was. ranges: None for the usual rule.
 
-    is_measured: whether samples are real, not made up.
+    average: bits of a weight, where layers get what they need; None where all get the same.
     """
 
-    layers: QuantizeLayers | QuantizeLevels
+    layers: OfLayers
     is_asked: bool
     activations: Activations
     ranges: Ranges | None
-    is_measured: bool = True
+    average: float | None = None
 
     @property
     def power_of_two(self) -> bool:
@@ -61,36 +66,37 @@ class Wanted:
         return isinstance(self.layers, QuantizeLayers) and self.layers.power_of_two
 
 
-def ways(
-    wanted: Wanted, model: Model, context: Context, has_data: bool
-) -> Mapping[str, tuple[Pass, ...]]:
+def ways(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The ways worth trying for a model, by name.
 
     Raises OptionError for integers of levels that are none.
     """
     if isinstance(wanted.layers, QuantizeLevels):
-        return _of_levels(wanted, wanted.layers, model, context, has_data)
-    convolves = bool(operators(model, context, channels=True))
+        return _of_levels(wanted, wanted.layers, piece)
+    convolves = bool(operators(piece.model, piece.context, channels=True))
     if wanted.activations != "float" and (convolves or wanted.activations != "auto"):
-        return _in_integers(wanted, has_data, _is_clipped(model))
+        return _in_integers(wanted, piece)
     layers = wanted.layers
-    found = {"rounded": _in_float(wanted)} if convolves or layers.bits != NIBBLE else {}
-    if layers.bits != NIBBLE or (convolves and wanted.is_asked):
+    has_blocks = layers.bits == NIBBLE and wanted.average is None
+    found = _in_float(wanted, piece) if convolves or not has_blocks else {}
+    if not has_blocks or (convolves and wanted.is_asked):
         return found
-    cut = _in_blocks(layers, wanted.is_measured)
-    return {**found, **blocks_of_four(model, context, *cut)}
+    cut = _in_blocks(layers, piece.is_measured)
+    return {**found, **blocks_of_four(piece.model, piece.context, *cut)}
 
 
 def _of_levels(
-    wanted: Wanted, levels: QuantizeLevels, model: Model, context: Context, has_data: bool
+    wanted: Wanted, levels: QuantizeLevels, piece: Workpiece
 ) -> Mapping[str, tuple[Pass, ...]]:
     if wanted.activations in ("auto", "float"):
-        return {f"{levels.summary}{IN_FLOAT}": _in_float(wanted)}
-    reason = why_no_integers(levels, context.target)
+        return _in_float(wanted, piece, f"{levels.summary}{IN_FLOAT}")
+    target = piece.context.target
+    reason = why_no_integers(levels, target)
     if reason:
-        kernels = f"kernels of {context.target.name} do not take: use --activations float"
-        raise OptionError(f"{reason}, which {kernels}")
-    return _in_integers(wanted, has_data, _is_clipped(model))
+        raise OptionError(
+            f"{reason}, which kernels of {target.name} do not take: use --activations float"
+        )
+    return _in_integers(wanted, piece)
 
 
 def _in_blocks(layers: QuantizeLayers, is_measured: bool) -> tuple[Pass, ...]:
@@ -100,13 +106,35 @@ def _in_blocks(layers: QuantizeLayers, is_measured: bool) -> tuple[Pass, ...]:
     return (replace(layers, block=BLOCK, smallest=LEAST),)
 
 
-def _opset(bits: int) -> int:
-    return NIBBLE_OPSET if bits == NIBBLE else least_opset(bits)
+def _opset(wanted: Wanted) -> int:
+    """The least one that unpacks the codes."""
+    widths = (wanted.layers.bits,) if wanted.average is None else WIDTHS
+    return max(NIBBLE_OPSET if bits == NIBBLE else least_opset(bits) for bits in widths)
 
 
-def _in_float(wanted: Wanted) -> tuple[Pass, ...]:
+def _in_float(
+    wanted: Wanted, piece: Workpiece, name: str = "rounded"
+) -> Mapping[str, tuple[Pass, ...]]:
     layers = replace(wanted.layers, scales="apart", smallest=LEAST)
-    return (UpgradeOpset(_opset(layers.bits)), layers, StoreCodebooks())
+    start = (UpgradeOpset(_opset(wanted)),)
+    name, layers = _planned(name, layers, wanted.average, piece, start)
+    return {name: (*start, layers, StoreCodebooks())}
+
+
+def _planned(
+    name: str,
+    layers: OfLayers,
+    average: float | None,
+    piece: Workpiece,
+    start: tuple[Pass, ...],
+) -> tuple[str, OfLayers]:
+    """The pass with the bits of each layer, and the name of the way with how many have which."""
+    if average is None or isinstance(layers, QuantizeLevels):
+        return name, layers
+    found = planned(layers, average, piece, start)
+    counts = sorted(Counter(found.of_layers.values()).items())
+    told = ", ".join(f"{count} of {bits}" for bits, count in counts)
+    return f"{name}, layers of bits: {told}" if told else name, found
 
 
 def _is_clipped(model: Model) -> bool:
@@ -119,25 +147,25 @@ def _is_clipped(model: Model) -> bool:
     return any(math.isfinite(bounds(node)[1]) for node in nodes)
 
 
-def _in_integers(
-    wanted: Wanted, has_data: bool, is_clipped: bool
-) -> Mapping[str, tuple[Pass, ...]]:
+def _in_integers(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """Activations first, so that layers are rounded for what the runtime will give them.
 
     Statistics that were gathered before are not of quantized tensors: then layers come first.
     """
     is_wide = wanted.activations == 16
-    opset = max(_opset(wanted.layers.bits), WIDE_OPSET if is_wide else 0)
+    opset = max(_opset(wanted), WIDE_OPSET if is_wide else 0)
     start: tuple[Pass, ...] = (
         UpgradeOpset(opset),
-        *((Equalize(),) if has_data and is_clipped else ()),
+        *((Equalize(),) if piece.has_data and _is_clipped(piece.model) else ()),
     )
     bits: Literal[8, 16] = 16 if is_wide else 8
     pow2 = wanted.power_of_two
     quantize = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits, power_of_two=pow2)
-    integers: tuple[Pass, ...] = (replace(wanted.layers, reconstruct=False), quantize)
-    if has_data:
-        integers = (replace(quantize, weights=False), wanted.layers, QuantizeConstants(pow2))
+    name, layers = _planned(
+        *("fixed" if pow2 else "static, rounded", wanted.layers, wanted.average, piece, start)
+    )
+    integers: tuple[Pass, ...] = (replace(layers, reconstruct=False), quantize)
+    if piece.has_data:
+        integers = (replace(quantize, weights=False), layers, QuantizeConstants(pow2))
     rest: tuple[Pass, ...] = () if pow2 else (QuantizeWeights(),)
-    name = "fixed" if pow2 else "static, rounded"
     return {name: (*start, *integers, *rest, StoreCodebooks(), ShareConstants())}

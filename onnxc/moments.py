@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.core import Key
+from onnxc.edit import values
 from onnxc.ops import is_constant, knowledge, weight_of
 
 Array = NDArray[Any]
@@ -76,6 +77,21 @@ def from_matrix(node: gs.Node, matrix: Array, shape: tuple[int, ...]) -> Array:
     assert row.out_axis is not None
     parts = matrix if row.out_axis(node) == 0 else matrix.transpose(0, 2, 1)
     return np.ascontiguousarray(parts.reshape(shape))
+
+
+def channel_powers(node: gs.Node, diagonal: Array) -> tuple[Array, Array]:
+    """Of each channel of a heavy node's input: |W_j|² of its weights, and E[x_j²], (channels,).
+
+    diagonal: E[x²] of the rows of its input, (groups, d), over the offsets of whose kernel the
+    latter is the mean.
+    """
+    weight, row = weight_of(node), knowledge(node)
+    assert weight is not None and row.window is not None
+    offsets = math.prod(row.window(node).kernel)
+    squares = np.square(matrix(node, values(weight)).astype(np.float64)).sum(axis=1)
+    u = squares.reshape(len(squares), -1, offsets).sum(axis=2)
+    m = diagonal.reshape(len(diagonal), -1, offsets).mean(axis=2)
+    return u.reshape(-1), m.reshape(-1)
 
 
 def mean_output(node: gs.Node, weight: Array, mean: Array) -> Array:

@@ -36,11 +36,12 @@ class QuantizeSettings:
         or weights on few levels: powers of two (pow2, admm with a factor for each output), ternary,
         sums of binary bases (binary), or any few for each output (levels).
     bits: of the weights, of binary how many bases; auto: 8, or few that suit the scheme; 16 are for
-        fixed point, of activations, too.
+        fixed point, of activations, too. A number with a point, such as 3.5 or 4.0, is an average,
+        and each layer gets the bits that its outputs need.
     rounding: of the weights: each to the nearest, or as the outputs of their layer ask for, by
         columns that make up for those before (gptq) or by coordinate descent; auto: nearest for 8
-        bits, descent for fewer. admm: from the better of descent and ADMM, slow. stochastic: up or
-        down by chance, such that the mean stays.
+        bits, descent for fewer and for fixed point. admm: from the better of descent and ADMM,
+        slow. stochastic: up or down by chance, such that the mean stays.
     activations: bits of the activations, or float, to store weights in few bits and compute in
         float; auto: 8, and float for fewer than 8 bits of weights where nothing convolves, and for
         levels.
@@ -50,11 +51,11 @@ class QuantizeSettings:
 
     format: Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"] = "auto"
     scheme: Literal["affine", "fixed", "pow2", "ternary", "binary", "admm", "levels"] = "affine"
-    bits: Literal["auto"] | Width = "auto"
+    bits: Literal["auto"] | Width | float = "auto"
     rounding: Literal["auto", "nearest", "gptq", "descent", "admm", "stochastic"] = "auto"
     activations: Literal["auto", 8, 16, "float"] = "auto"
     keep_ends: bool = True
-    ranges: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
+    ranges: Literal["auto"] | Ranges = "auto"
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -62,7 +63,7 @@ class QuantizeSettings:
     @property
     def suffix(self) -> str:
         """Of the file that is written."""
-        return self.scheme if self.has_levels else f"int{self.width}"
+        return self.scheme if self.has_levels else f"int{self.average or self.width:g}"
 
     @property
     def has_levels(self) -> bool:
@@ -70,30 +71,45 @@ class QuantizeSettings:
         return self.scheme in get_args(Scheme)
 
     @property
+    def average(self) -> float | None:
+        """Bits of a weight, where layers get what they need; None where all get the same."""
+        return self.bits if isinstance(self.bits, float) else None
+
+    @property
     def width(self) -> Width:
-        """Bits of the weights."""
+        """Bits of the weights; 4 of layers that get no others from an average."""
+        if isinstance(self.bits, float):
+            return 4
         return USUAL.get(self.scheme, 8) if self.bits == "auto" else self.bits
+
+    @property
+    def is_float(self) -> bool:
+        """Whether float activations were asked for."""
+        return self.activations == "float" or self.format == "weight-only"
 
     @property
     def is_rounded(self) -> bool:
         """Whether weights are put on their integers layer after layer."""
         if self.has_levels or self.width == 16:
             return False
-        return self.width < 8 or self.rounding not in ("auto", "nearest")
+        plain = ("nearest",) if self.scheme == "fixed" else ("auto", "nearest")
+        return self.width < 8 or self.rounding not in plain
 
 
 def check_settings(settings: QuantizeSettings) -> None:
     """Refuse settings that do not go together. Raises OptionError with one sentence."""
-    kind, bits, given = settings.format, settings.width, settings.activations
+    kind, average, given = settings.format, settings.average, settings.activations
+    if average is not None and not 2 <= average <= 8:
+        raise OptionError(f"layers have 2 to 8 bits: their average cannot be {average:g}")
     if settings.scheme == "fixed":
         _check_fixed(settings)
         return
     if settings.has_levels:
         _check_levels(settings)
         return
-    if bits == 1:
+    if settings.width == 1:
         raise OptionError("1 bit is for --scheme binary or levels: add one of them, or take 2 bits")
-    if bits == 16:
+    if settings.width == 16:
         raise OptionError("16 bits are for fixed point: add --scheme fixed, or take 8 bits")
     if settings.is_rounded and kind in ("qoperator", "dynamic"):
         raise OptionError(
@@ -113,6 +129,8 @@ def _check_fixed(settings: QuantizeSettings) -> None:
         )
     if settings.activations == "float":
         raise OptionError("fixed point computes in integers: leave --activations float out")
+    if settings.width == 1:
+        raise OptionError("fixed point has 2 to 8 bits or 16, not 1")
     if settings.width == 16 and settings.rounding not in ("auto", "nearest"):
         raise OptionError("16 bits lose too little for --rounding: leave it out, or take 8 bits")
     if settings.width == 16 and settings.activations == 8:
@@ -123,6 +141,8 @@ def _check_levels(settings: QuantizeSettings) -> None:
     scheme, kind, given = settings.scheme, settings.format, settings.activations
     if settings.rounding != "auto":
         raise OptionError(f"--scheme {scheme} has no --rounding: leave one of them out")
+    if settings.average is not None:
+        raise OptionError(f"--scheme {scheme} has whole bits, the same for all: drop the point")
     if scheme == "ternary" and settings.bits != "auto":
         raise OptionError("--scheme ternary has no --bits: leave them out")
     if kind not in (*IN_INTEGERS, "weight-only"):
@@ -134,31 +154,33 @@ def _check_levels(settings: QuantizeSettings) -> None:
 
 def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The candidates that fit the settings, by name."""
-    ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
-    is_float = "float" in (settings.activations, settings.format.replace("weight-only", "float"))
-    kind = "weight-only" if is_float else settings.format
     is_wide = settings.activations == 16 and settings.width != 16
     if settings.has_levels or settings.is_rounded or is_wide:
-        wanted = _wanted(settings, is_float, piece.is_measured)
-        return few_bits.ways(wanted, piece.model, piece.context, piece.has_data)
+        return few_bits.ways(_wanted(settings), piece)
+    kind = "weight-only" if settings.is_float else settings.format
     return search.candidates(
-        *(piece.model, piece.context, kind, ranges, settings.width),
+        *(piece.model, piece.context, kind, _ranges(settings), settings.width),
         pow2=settings.scheme == "fixed",
         has_data=piece.has_data,
     )
 
 
-def _wanted(settings: QuantizeSettings, is_float: bool, is_measured: bool) -> Wanted:
-    activations: Activations = "float" if is_float else settings.activations
-    ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
-    if settings.scheme == "fixed" and activations == "auto":
+def _wanted(settings: QuantizeSettings) -> Wanted:
+    activations: Activations = "float" if settings.is_float else settings.activations
+    in_integers = settings.scheme == "fixed" or (settings.has_levels and settings.format == "qdq")
+    if in_integers and activations == "auto":
         activations = 8
-    if not settings.has_levels:
-        is_asked = settings.rounding != "auto"
-        return Wanted(_layers(settings), is_asked, activations, ranges, is_measured)
-    if activations == "auto" and settings.format == "qdq":
-        activations = 8
-    return Wanted(_levels(settings), True, activations, ranges)
+    return Wanted(
+        _levels(settings) if settings.has_levels else _layers(settings),
+        settings.rounding != "auto",
+        activations,
+        _ranges(settings),
+        settings.average,
+    )
+
+
+def _ranges(settings: QuantizeSettings) -> Ranges | None:
+    return None if settings.ranges == "auto" else settings.ranges
 
 
 def _layers(settings: QuantizeSettings) -> QuantizeLayers:
@@ -189,5 +211,4 @@ def rescue(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[P
     found = search.fallback(piece.has_data)
     if not (piece.has_data and search.operators(piece.model, piece.context, channels=True)):
         return found
-    wanted = _wanted(settings, is_float=False, is_measured=piece.is_measured)
-    return {**found, **few_bits.ways(wanted, piece.model, piece.context, has_data=True)}
+    return {**found, **few_bits.ways(_wanted(settings), piece)}

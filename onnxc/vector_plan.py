@@ -13,20 +13,18 @@ to choose by; without data it is 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.codebooks import OVERHEAD
 from onnxc.codewords import overhead
-from onnxc.core import Change, Context, Key, Skip
-from onnxc.damage import Judge, outputs
+from onnxc.damage import Judge, Placed, outputs
 from onnxc.graph import is_spilling
-from onnxc.matrices import Layer, error, layers, put
+from onnxc.matrices import Layer, error, layers
 from onnxc.numerics.choices import choose
 from onnxc.numerics.sparse import Quadratic
 from onnxc.numerics.vector_fit import SHARED, Form, start
@@ -49,24 +47,6 @@ class Option:
     form: Form
     bytes: int
     lost: float
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Put a weight on codewords in place of one layer, to be judged."""
-
-    layer: str
-    weight: Array
-    name: ClassVar[str] = "placed"
-    lossless: ClassVar[bool] = False
-
-    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        return ()
-
-    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
-        found = layers(graph, context.only.names(graph), everything=True)
-        layer = next(layer for layer in found if layer.name == self.layer)
-        return list(put(graph, layer, self.weight, context, "tried", "tried"))
 
 
 def planned(vectors: ClusterVectors, piece: Workpiece, opset: int) -> ClusterVectors:

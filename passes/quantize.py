@@ -7,7 +7,7 @@ Weights are symmetric, one scale a channel; biases are int32 at scale s_x · s_w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,17 +16,18 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from calib.observers import HistogramObserver
-from calib.ranges import choose, squared_error
+from calib.ranges import choose, importance, squared_error
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.graph import constant, fresh, nbytes, replace_uses, values
 from onnxc.held import Constants
 from onnxc.integer import activation_grid, refused_nodes
+from onnxc.moments import channel_powers, moments_key
 from onnxc.numerics import fixed
-from onnxc.numerics.affine import Grid, parameters
+from onnxc.numerics.affine import TINY, Grid, parameters
 from onnxc.ops import is_absorbed, knowledge, weight_of
 from onnxc.placement import Placement, behind_activation, place
 
-Ranges = Literal["minmax", "percentile", "entropy", "mse"]
+Ranges = Literal["minmax", "percentile", "entropy", "mse", "aciq", "hwgq", "output"]
 WIDE_OPSET = 21  # the first whose Q/DQ take 16 bits
 
 Array = NDArray[Any]
@@ -59,7 +60,9 @@ class Quantize:
     weights: bool = True
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        return self._placement(graph, context).keys().values()
+        placement = self._placement(graph, context)
+        keys = placement.keys().values()
+        return [*keys, *(_moments(placement) if self.ranges == "output" else ())]
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         skips: list[Change | Skip] = list(refused_nodes(graph, context, self.ops))
@@ -88,8 +91,34 @@ def _unmeasured(placement: Placement, context: Context) -> set[str]:
     return {root for root, key in placement.keys().items() if key not in context.stats}
 
 
+def _moments(placement: Placement) -> Iterator[Key]:
+    """Of the inputs of heavy nodes."""
+    found = (moments_key(n) for n in placement.integer if knowledge(n).role == "weighted")
+    return (key for key in found if key is not None)
+
+
+def _weight_of_errors(
+    key: Key, observed: HistogramObserver, placement: Placement, context: Context
+) -> Array | None:
+    """ω of the bins of a tensor for the layers that read it; None where there are none."""
+    if key.minus is not None or not isinstance(observed, HistogramObserver):
+        return None
+    found: list[tuple[Array, Array]] = []
+    for node in placement.integer:
+        wanted = moments_key(node) if knowledge(node).role == "weighted" else None
+        stats = None if wanted is None else context.stats.get(wanted)
+        if stats is not None and placement.root(node.inputs[0].name) == key.tensor:
+            found.append(channel_powers(node, stats.diagonal))
+    if not found:
+        return None
+    m = found[0][1]
+    alike = [(u, own) for u, own in found if len(own) == len(m)]
+    u = sum(u / max(float(u @ own), TINY) for u, own in alike)  # each reader's output counts alike
+    return importance(observed, np.asarray(u), m)
+
+
 def _fixed_point(
-    observed: HistogramObserver, settings: Quantize, symmetric: bool
+    observed: HistogramObserver, settings: Quantize, symmetric: bool, omega: Array | None = None
 ) -> tuple[np.float32, Any]:
     """A scale that is a power of two and a zero point of 0; unsigned where nothing is negative.
 
@@ -98,14 +127,14 @@ def _fixed_point(
     """
     is_signed = symmetric or float(np.min(observed.low)) < 0
     grid = Grid(settings.activation_bits, signed=is_signed)
-    low, high = choose(observed, settings.ranges, grid.width, is_signed)
+    low, high = choose(observed, settings.ranges, grid.width, is_signed, importance=omega)
     scale, zero = parameters(low, high, grid, symmetric=True)
     if settings.ranges == "minmax":
         return np.float32(fixed.power_of_two(float(scale))), zero
 
     def error(tried: Array) -> Array:
         middle = np.full(tried.shape, float(zero) - grid.low)
-        return squared_error(observed, tried, middle, 2**grid.width)
+        return squared_error(observed, tried, middle, 2**grid.width, omega)
 
     return np.float32(fixed.closest(np.array([scale]), error)[0]), zero
 
@@ -139,11 +168,13 @@ class _Writer:
     def _choose(self, key: Key) -> tuple[np.float32, Any]:
         """Scale and zero point of a root."""
         symmetric = self.context.target.symmetric
-        observed = self.context.stats[key]
+        observed, omega = self.context.stats[key], None
+        if self.settings.ranges == "output":
+            omega = _weight_of_errors(key, observed, self.placement, self.context)
         if self.settings.power_of_two:
-            return _fixed_point(observed, self.settings, symmetric)
+            return _fixed_point(observed, self.settings, symmetric, omega)
         grid = activation_grid(self.context.target, self.settings.activation_bits)
-        low, high = choose(observed, self.settings.ranges, grid.width, symmetric)
+        low, high = choose(observed, self.settings.ranges, grid.width, symmetric, importance=omega)
         return parameters(low, high, grid, symmetric=symmetric)
 
     def _scale(self, name: str) -> tuple[np.float32, Any]:

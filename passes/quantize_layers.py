@@ -59,7 +59,8 @@ class QuantizeLayers:
     had, or those of the layer. scales: inside the weights, for kernels that compute in integers, or
     apart, to store them in few bits and compute in float. block: values of a sum that share a
     scale, 0 for all, where weights are stored so. smallest: bytes below which a weight is left
-    alone. power_of_two: whether scales are powers of two, for fixed point.
+    alone. power_of_two: whether scales are powers of two, for fixed point. widths: LAYER=BITS for
+    layers that have other bits than the rest, ends or not.
     """
 
     name: ClassVar[str] = "quantize-layers"
@@ -73,10 +74,25 @@ class QuantizeLayers:
     block: Literal[0, 16, 32, 64, 128] = 0
     smallest: int = 0
     power_of_two: bool = False
+    widths: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.block and self.scales == "apart":
             raise OptionError("scales of blocks lie inside of a weight: leave out scales = apart")
+        for name, bits in self.of_layers.items():
+            if not 2 <= bits <= WIDEST:
+                raise OptionError(f"layer {name} cannot have {bits} bits: give 2 to {WIDEST}")
+
+    @property
+    def of_layers(self) -> dict[str, int]:
+        """Bits of single layers. Raises OptionError for one that is not LAYER=BITS."""
+        found = {}
+        for text in self.widths:
+            name, _, bits = text.rpartition("=")
+            if not name or not bits.isdigit():
+                raise OptionError(f"{text!r} is not LAYER=BITS, such as /conv1=3")
+            found[name] = int(bits)
+        return found
 
     @property
     def keeps_statistics(self) -> bool:
@@ -96,8 +112,10 @@ class QuantizeLayers:
         """One step a layer, in the order of first nodes."""
         yield LeaveOut(tuple(outside(graph, "rounded")))
         kept = ends(graph) if self.keep_ends else frozenset[str]()
+        given = self.of_layers
         for layer in layers(graph, context.only.names(graph)):
             bits = WIDEST if any(n.name in kept for n in layer.nodes) else self.bits
+            bits = given.get(layer.name, bits)
             yield self._step(layer, bits, graph, context)
 
     def _step(self, layer: Layer, bits: int, graph: gs.Graph, context: Context) -> Pass:

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from calib.observers import SIDE, HistogramObserver, RangeObserver
-from calib.ranges import METHODS, choose, divergence, squared_error
+from calib.ranges import METHODS, choose, divergence, importance, squared_error
 from onnxc.errors import OptionError
 
 Array = NDArray[Any]
@@ -183,6 +183,75 @@ def test_a_range_by_channel_gives_the_range_of_all_channels() -> None:
     observer.update(np.array([[1.0, -3.0, 2.0]], np.float32))
     assert choose(observer) == (-3, 2)
     assert choose(observer, symmetric=True) == (-3, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "most"),
+    [
+        ("aciq", "normal", 1.1),
+        ("aciq", "laplace", 1.1),
+        ("aciq", "relu", 1.15),
+        ("hwgq", "normal", 1.1),
+        ("hwgq", "relu", 1.05),
+    ],
+)
+@pytest.mark.parametrize("bits", [4, 6])
+def test_closed_forms_are_near_the_best_range_where_they_fit(
+    method: str, kind: str, most: float, bits: int
+) -> None:
+    x = sample(kind)
+    best, found = (error(x, *choose(observed(x), m, bits), bits) for m in ("mse", method))
+    assert best * 0.99 <= found <= most * best
+
+
+@given(seed=st.integers(0, 10**6), bits=st.sampled_from([3, 4, 8]))
+@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("method", ["aciq", "hwgq"])
+def test_closed_forms_follow_the_scale_and_the_side(method: str, seed: int, bits: int) -> None:
+    x = np.random.default_rng(seed).standard_normal(500).astype(np.float32)
+    for values in (x, np.abs(x)):
+        low, high = choose(observed(values), method, bits)
+        np.testing.assert_allclose(
+            choose(observed(8 * values), method, bits), (8 * low, 8 * high), rtol=1e-6
+        )
+        np.testing.assert_allclose(choose(observed(-values), method, bits), (-high, -low))
+        if (values >= 0).all():
+            assert low == 0
+
+
+def channels(count: int, spread: float, seed: int = 0) -> tuple[Array, Array, Array]:
+    """x (samples, channels) of different strengths, with u_j and m_j: the strong count least."""
+    rng = np.random.default_rng(seed)
+    strength = np.exp(rng.normal(0, spread, count))
+    x = np.maximum(rng.laplace(size=(4000, count)) * strength, 0).astype(np.float32)
+    return x, strength**-2.0, np.mean(np.float64(x) ** 2, axis=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_output_of_a_layer_says_what_may_be_cut_off(seed: int) -> None:
+    x, u, m = channels(16, 1.0, seed)
+    observer = observed(x.reshape(-1))
+    omega = importance(observer, u, m)
+    lost = {}
+    for method in ("mse", "output"):
+        low, high = choose(observer, method, 4, importance=omega)
+        drift = x - quantized(x, low, high, 4)
+        lost[method] = float(np.mean(drift**2, axis=0) @ u), high
+    assert lost["output"][0] < 0.9 * lost["mse"][0]
+    assert lost["output"][1] < lost["mse"][1]
+
+
+def test_channels_that_count_alike_leave_the_range_as_it_is() -> None:
+    x, _, m = channels(8, 1.0)
+    observer = observed(x.reshape(-1))
+    omega = importance(observer, np.full(8, 3.0), m)
+    assert omega is not None
+    np.testing.assert_allclose(omega, 1, rtol=1e-9)
+    plain = choose(observer, "mse", 4)
+    np.testing.assert_allclose(choose(observer, "output", 4, importance=omega), plain, rtol=1e-6)
+    assert choose(observer, "output", 4) == plain  # where nothing is known
+    assert importance(observer, np.zeros(8), m) is None
+    assert importance(observer, u=np.ones(8), m=np.zeros(8)) is None
 
 
 def test_bad_options_are_named() -> None:

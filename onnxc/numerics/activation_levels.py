@@ -8,7 +8,8 @@ with the deviation σ, the sum of both errors is least at
     gauss      α / σ = z:   z (1 − erf(z / √2)) − √(2/π) e^(−z²/2) + z / k = 0,
                k = 3 · 4^b,            on one side: 12 · 4^b
 
-with W of Lambert, W e^W = its argument. One side is what ReLU leaves, in [0, α].
+with W of Lambert, W e^W = its argument. One side is what ReLU leaves, in [0, α]. A Gauss has
+E|x| / σ = √(2/π) and a Laplace 1/√2: whichever is nearer is taken for what numbers are.
 
 **HWGQ** (Cai 2017, "half-wave Gaussian quantization"): what ReLU makes of a Gauss is, above 0, half
 a Gauss of σ² = E[x² | x > 0]. The levels 0, s, 2s, … up to 2^b − 1 steps leave the error
@@ -27,6 +28,7 @@ ones. v and the levels that numbers take are fitted in turn,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 from math import erf, exp, log, pi, sqrt
 
@@ -40,6 +42,8 @@ Floats = NDArray[np.float64]
 STEPS = 100  # of LQ-Nets, of Newton and of halving
 NEAR = 1e-12
 FINENESS = 400  # steps s that are compared
+MANY = 8  # bits beyond which half waves are not summed level by level
+GAUSSIAN = (sqrt(2 / pi) + sqrt(1 / 2)) / 2  # E|x| / σ above which numbers are taken for a Gauss
 
 
 def laplace(beta: float, bits: int, one_side: bool = False) -> float:
@@ -80,8 +84,47 @@ def _root(f: Callable[[float], float], low: float, high: float) -> float:
     return (low + high) / 2
 
 
+def aciq(points: Points, bits: int, symmetric: bool = False) -> tuple[float, float]:
+    """The range (low, high) of ACIQ for numbers of a histogram; symmetric: about 0.
+
+    Where 0 is no number of the range but its end, on one side.
+    """
+    x, n = points.x, points.n
+    low, high = bool(x.min() < 0), bool(x.max() > 0)
+    if not (low and high):
+        end = _clip(np.abs(x[x != 0]), n[x != 0], bits - symmetric, one_side=True)
+        return -end if low or symmetric else 0.0, end if high or symmetric else 0.0
+    mu = 0.0 if symmetric else float(np.average(x, weights=n))
+    end = _clip(np.abs(x - mu), n, bits, one_side=False)
+    return mu - end, mu + end
+
+
+def _clip(size: Floats, n: Floats, bits: int, one_side: bool) -> float:
+    """α for sizes |x − μ|, by the law that they are nearer to; 0 where there are none."""
+    if not len(size):
+        return 0.0
+    beta = float(np.average(size, weights=n))
+    sigma = sqrt(float(np.average(size**2, weights=n)))
+    is_gauss = beta > GAUSSIAN * sigma
+    return gauss(sigma, bits, one_side) if is_gauss else laplace(beta, bits, one_side)
+
+
+def hwgq(points: Points, bits: int, symmetric: bool = False) -> tuple[float, float]:
+    """The range of HWGQ; where numbers lie on both sides of 0, each is a half wave of its own."""
+    flipped = Points(-points.x, points.w, points.n)
+    if symmetric:
+        both = Points(np.abs(points.x), points.w, points.n)
+        end = half_wave(both, bits - 1)
+        return -end, end
+    is_both = bool(points.x.min() < 0 < points.x.max())
+    return -half_wave(flipped, bits - is_both), half_wave(points, bits - is_both)
+
+
+@cache
 def half_wave_step(bits: int) -> float:
-    """s of HWGQ for σ = 1."""
+    """s of HWGQ for σ = 1; of many levels that of ACIQ, which takes x for even within each."""
+    if bits > MANY:
+        return gauss(1.0, bits, one_side=True) / float(2**bits - 1)
     widest = 4.0 / max(2**bits - 1, 1)
     low, high = 0.1 * widest, 2 * widest
     for _ in range(4):
