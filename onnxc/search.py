@@ -40,6 +40,7 @@ from onnxc.pipeline import (
     renewed,
 )
 from onnxc.runtime import Runtime
+from passes.absorb_offsets import AbsorbOffsets
 from passes.correct_bias import CorrectBias
 from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
@@ -151,7 +152,7 @@ def fallback(has_data: bool = True) -> dict[str, tuple[Pass, ...]]:
 
 def _start(has_data: bool, **settings: Any) -> tuple[Pass, ...]:
     """What makes quantizing better; equalized tensors have no longer the statistics of a file."""
-    first: tuple[Pass, ...] = (Equalize(),) if has_data else ()
+    first: tuple[Pass, ...] = (Equalize(), AbsorbOffsets()) if has_data else ()
     return (*first, _bias(has_data, **settings))
 
 

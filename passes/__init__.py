@@ -1,5 +1,6 @@
 """One rewrite a file. Importing this package enters every pass into `onnxc.core.PASSES`."""
 
+from passes.absorb_offsets import AbsorbOffsets
 from passes.cluster import Cluster
 from passes.cluster_vectors import ClusterVectors
 from passes.correct_bias import CorrectBias
@@ -29,6 +30,7 @@ from passes.upgrade_opset import UpgradeOpset
 from passes.widen import Widen
 
 __all__ = [
+    "AbsorbOffsets",
     "Cluster",
     "ClusterVectors",
     "CorrectBias",
