@@ -31,6 +31,7 @@ from onnxc.graph import Model
 from onnxc.ops import bounds, is_absorbed
 from onnxc.search import AUTO_RANGES, BLOCK, WIDE_OPSET, blocks_of_four, operators
 from onnxc.workpiece import Workpiece
+from passes.absorb_offsets import AbsorbOffsets
 from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
 from passes.quantize_constants import QuantizeConstants
@@ -157,6 +158,7 @@ def _in_integers(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, .
     start: tuple[Pass, ...] = (
         UpgradeOpset(opset),
         *((Equalize(),) if piece.has_data and _is_clipped(piece.model) else ()),
+        *((AbsorbOffsets(),) if piece.has_data else ()),
     )
     bits: Literal[8, 16] = 16 if is_wide else 8
     pow2 = wanted.power_of_two
