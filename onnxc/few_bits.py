@@ -34,6 +34,7 @@ from passes.upgrade_opset import UpgradeOpset
 
 Activations = Literal["auto", 8, 16, "float"]
 IN_FLOAT = ", in float"  # ends the names of ways on levels
+FLOATS = ("weight-only", "rounded")
 LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 
 
@@ -61,6 +62,11 @@ def ways(
         return _in_integers(wanted, has_data, _is_clipped(model))
     found = {"rounded": _in_float(wanted)} if convolves or not _has_blocks(wanted) else {}
     return {**found, **(blocks_of_four(model, context) if _has_blocks(wanted) else {})}
+
+
+def is_in_float(way: str) -> bool:
+    """Whether a model computes in float, with only its weights in few bits."""
+    return way in FLOATS or way.endswith(IN_FLOAT)
 
 
 def _of_levels(

@@ -276,7 +276,16 @@ def test_the_command_and_its_recipe(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ("quantize", CNN, "--data", CNN_DATA, "--samples", 10, "--include", "/1/1.0/narrow/*")
+    arguments = (
+        "quantize",
+        CNN,
+        "--data",
+        CNN_DATA,
+        "--samples",
+        10,
+        "--include",
+        "/1/1.0/narrow/*",
+    )
     found = report_of(capsys, *arguments, "--scheme", "ternary", "-o", "1.onnx")
     assert (found["way"], found["coverage"]["integer"]) == ("ternary, in float", 0)
     assert found["count"] == 1 and found["after"]["bytes"] < found["before"]["bytes"] - 6000
