@@ -45,6 +45,7 @@ from passes.upgrade_opset import UpgradeOpset
 Activations = Literal["auto", 8, 16, "float"]
 OfLayers = QuantizeLayers | QuantizeLevels
 IN_FLOAT = ", in float"  # ends the names of ways on levels
+FLOATS = ("weight-only", "rounded")
 LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 
 
@@ -84,6 +85,11 @@ def ways(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
         return found
     cut = _in_blocks(layers, piece.is_measured)
     return {**found, **blocks_of_four(piece.model, piece.context, *cut)}
+
+
+def is_in_float(way: str) -> bool:
+    """Whether a model computes in float, with only its weights in few bits."""
+    return way in FLOATS or way.endswith(IN_FLOAT)
 
 
 def _of_levels(

@@ -3,7 +3,7 @@
     weight = levels[row, unpack(codes)],      levels = t Bᵀ
 
 in standard operators that ONNX Runtime computes when it loads the file. Codes are unpacked as those
-of a codebook are (`onnxc.codebooks`); MatMul makes levels of the numbers t of each row by the
+of a codebook are (`onnxc.codebooks`); Einsum makes levels of the numbers t of each row by the
 pattern B that all have in common (`onnxc.numerics.levels`), and GatherElements looks them up. Where
 B is the identity the numbers are the levels.
 """
@@ -24,13 +24,13 @@ from onnxc.numerics.packing import bits_for, layout
 
 Array = NDArray[Any]
 
-GATHER_OPSET = 11  # of GatherElements
+EINSUM_OPSET = 12
 CHAIN = 240  # bytes of the nodes behind the codes, about
 
 
 def needed_opset(bits: int) -> int:
     """The first opset whose operators make a weight of codes of so many bits."""
-    return max(GATHER_OPSET, least_opset(bits))
+    return max(EINSUM_OPSET, least_opset(bits))
 
 
 def row_bytes(pattern: Array, rows: int, d: int, itemsize: int) -> int:
@@ -76,8 +76,8 @@ class RowLevels(Books):
             kept = self._keep("levels", table.astype(tensor.dtype))
             return [], kept, kept
         shape = "x".join(map(str, B.shape))
-        name, turned = f"pattern_{shape}", (B if is_turned else B.T).astype(np.float32)
-        pattern = self._shared(f"{name}_turned" if is_turned else name, 0, turned)
-        kept = self._keep("numbers", (t.swapaxes(1, 2) if is_turned else t).astype(np.float32))
-        product = self._node("MatMul", [pattern, kept] if is_turned else [kept, pattern])
-        return [product], product.outputs[0], kept
+        pattern = self._shared(f"pattern_{shape}", 0, B.astype(np.float32))
+        kept = self._keep("numbers", t.astype(np.float32))
+        equation = "grn,kn->gkr" if is_turned else "grn,kn->grk"
+        node = self._node("Einsum", [kept, pattern], equation=equation)
+        return [node], node.outputs[0], kept
