@@ -66,7 +66,8 @@ def check_settings(settings: QuantizeSettings) -> None:
     """Refuse settings that do not go together. Raises OptionError with one sentence."""
     kind, bits, given = settings.format, settings.bits, settings.activations
     if isinstance(bits, float) and not 2 <= bits <= 8:
-        raise OptionError(f"layers have 2 to 8 bits: their average cannot be {bits:g}")
+        known = "2, 3, 4, 5, 6, 8 or 16, or an average of 2 to 8"
+        raise OptionError(f"the bits of weights are {known}, not {bits:g}")
     if settings.scheme == "fixed":
         _check_fixed(settings)
         return
