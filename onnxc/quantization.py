@@ -100,7 +100,8 @@ def check_settings(settings: QuantizeSettings) -> None:
     """Refuse settings that do not go together. Raises OptionError with one sentence."""
     kind, average, given = settings.format, settings.average, settings.activations
     if average is not None and not 2 <= average <= 8:
-        raise OptionError(f"layers have 2 to 8 bits: their average cannot be {average:g}")
+        known = "2, 3, 4, 5, 6, 8 or 16, or an average of 2 to 8"
+        raise OptionError(f"the bits of weights are {known}, not {average:g}")
     if settings.scheme == "fixed":
         _check_fixed(settings)
         return

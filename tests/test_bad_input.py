@@ -378,7 +378,7 @@ BAD_OPTIONS: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "threads": (["--threads", "-1"], ("--threads", "-1")),
     "samples": (["--samples", "0"], ("--samples",)),
     "format": (["--format", "gguf"], ("'gguf'", "'qdq'")),
-    "bits": (["--bits", "7"], ("7", "8, 16")),
+    "bits": (["--bits", "12"], ("not 12", "8 or 16")),
     "settings that clash": (["--format", "dynamic", "--bits", "4"], ("dynamic", "weight-only")),
     "seed": (["--seed", "luck"], ("--seed", "luck")),
     "memory": (["--max-memory", "lots"], ("'lots'", "400MB")),

@@ -135,7 +135,7 @@ def test_a_point_makes_an_average() -> None:
 
 def test_bits_that_make_no_sense_are_refused() -> None:
     for bits in (1.5, 8.5, 16.0):
-        with pytest.raises(OptionError, match="2 to 8 bits"):
+        with pytest.raises(OptionError, match="average of 2 to 8"):
             QuantizeSettings(bits=bits)
     with pytest.raises(OptionError, match="LAYER=BITS"):
         QuantizeLayers(widths=("conv1",))
