@@ -25,10 +25,11 @@ Case = dict[str, Any]
 
 WIDTHS: tuple[Case, ...] = (
     {},
-    *({"bits": bits, "rounding": "descent"} for bits in (8, 6, 5)),
-    *({"bits": bits} for bits in (4, 3, 2)),
+    {"rounding": "descent"},
+    *({"bits": bits} for bits in (6, 5, 4, 3, 2)),
     {"bits": 4, "rounding": "nearest"},
     {"bits": 4, "rounding": "gptq"},
+    {"bits": 3.5},
     {"bits": 4, "activations": "float"},
     {"bits": 8, "activations": 16},
 )
@@ -40,11 +41,29 @@ SCHEMES: tuple[Case, ...] = (
     *({"scheme": "admm", "bits": bits} for bits in (4, 3)),
     *({"scheme": "levels", "bits": bits} for bits in (4, 3, 2)),
 )
+FEW: tuple[Case, ...] = (
+    {},
+    {"rounding": "descent"},
+    *({"bits": bits} for bits in (4, 3)),
+    {"bits": 4, "rounding": "nearest"},
+    {"bits": 3.5},
+    *({"scheme": "fixed", "bits": bits} for bits in (8, 4)),
+    {"scheme": "pow2", "bits": 4},
+    {"scheme": "binary", "bits": 4},
+    {"scheme": "levels", "bits": 4},
+)
+WORDS: tuple[Case, ...] = (
+    {},
+    {"format": "qdq"},
+    {"bits": 4},
+    {"bits": 4, "rounding": "nearest"},
+    *({"scheme": scheme, "bits": 4} for scheme in ("pow2", "binary", "levels")),
+)
 CASES = {
     "resnet20": (*WIDTHS, *SCHEMES),
-    "squeezenet": (*WIDTHS, *SCHEMES),
-    "mobilenetv2": (*WIDTHS, *SCHEMES),
-    "stories260k": (*WIDTHS, *SCHEMES),
+    "squeezenet": FEW,
+    "mobilenetv2": FEW,
+    "stories260k": WORDS,
 }
 HEADINGS = ("options", "judged by", "float", "result", "agreement", "SQNR", "file", "speed")
 NOTE = (
