@@ -95,6 +95,8 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
     kind = "weight-only" if is_float else settings.format
     if settings.is_rounded or settings.activations == 16:
         activations: Activations = "float" if is_float else settings.activations
+        if settings.format == "qdq" and activations == "auto":
+            activations = 8
         is_asked, is_measured = settings.rounding != "auto", piece.is_measured
         wanted = Wanted(_layers(settings), is_asked, activations, ranges, is_measured)
         return few_bits.ways(wanted, piece.model, piece.context, piece.has_data)
