@@ -168,8 +168,7 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
 
 def _wanted(settings: QuantizeSettings) -> Wanted:
     activations: Activations = "float" if settings.is_float else settings.activations
-    in_integers = settings.scheme == "fixed" or (settings.has_levels and settings.format == "qdq")
-    if in_integers and activations == "auto":
+    if activations == "auto" and (settings.scheme == "fixed" or settings.format == "qdq"):
         activations = 8
     return Wanted(
         _levels(settings) if settings.has_levels else _layers(settings),

@@ -179,11 +179,13 @@ def _activations(node: gs.Node) -> list[gs.Tensor]:
 def _tied(node: gs.Node) -> list[gs.Tensor]:
     """The inputs that hand the scale of each channel to the output of a node."""
     row, given = knowledge(node), _activations(node)
+    if not given:
+        return []
     if row.bounds:
         return given if is_absorbed(node) and not any(map(is_constant, node.inputs[:1])) else []
     if row.multiplies:
         return _factor(node, given)
-    if not row.homogeneous or not given:
+    if not row.homogeneous:
         return []
     shapes = [None if t.shape is None else list(t.shape) for t in given]
     is_same = len(given) == 1 or all(s is not None and s == shapes[0] for s in shapes)
@@ -242,7 +244,7 @@ def _made_by(node: gs.Node, axis: int) -> list[Place]:
         return [Place(node, 1, row.out_axis(node)), *(Place(node, p, -1) for p in _biases(node))]
     if row.gains:
         given = [p for p in row.gains if p < len(node.inputs) and node.inputs[p].name]
-        return [Place(node, p, 0) for p in given] if _lies_along(node, row.y_axis, axis) else []
+        return [Place(node, p, -1) for p in given] if _lies_along(node, row.y_axis, axis) else []
     if not row.multiplies and not row.adds:
         return []
     vectors = [p for p, t in enumerate(node.inputs) if is_constant(t) and np.prod(t.shape) > 1]
@@ -282,7 +284,7 @@ def _cannot_make(
         given = node.inputs[place.position]
         if not is_constant(given):
             yield f"the bias of {node.name} is computed"
-        elif given.shape[place.axis] != tensor.shape[axis]:
+        elif not given.shape or given.shape[place.axis] != tensor.shape[axis]:
             yield f"{given.name} of {node.name} has not one number a channel"
 
 

@@ -314,3 +314,11 @@ def test_products_in_blocks_of_four_bits_are_rounded_by_their_outputs(capsys: An
 def test_made_up_samples_round_no_layers(capsys: Any) -> None:
     found = report_of(capsys, "quantize", TOKENS, "--bits", 4, "-o", "o.onnx")
     assert "quantize-layers" not in found["recipe"]
+
+
+@pytest.mark.parametrize("extra", [("--rounding", "descent"), ("--format", "qdq", "--bits", 4)])
+def test_products_of_rounded_weights_compute_in_integers(extra: Any, capsys: Any) -> None:
+    arguments = ("quantize", TOKENS, "--data", TOKEN_DATA, "--samples", 20, "-o", "o.onnx")
+    found = report_of(capsys, *arguments, *extra)
+    assert (found["way"], found["coverage"]["integer"]) == ("static", 13)
+    assert ("equalize" in found["recipe"]) == ("--bits" not in extra)

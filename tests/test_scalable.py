@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from quantizing import Feed, apply, decibels
 from test_equalize import unchanged
 from texts import bind, normal, ops, reasons
@@ -18,8 +20,8 @@ X: Feed = {"x": normal(24, 1, 7, 16) + normal(24, 1, 1, 16)}
 LARGE = [3, 11]  # channels that are much larger than the others
 
 
-def outliers(count: int, factor: float = 60) -> object:
-    gain = 1 + 0.1 * normal(count)
+def outliers(count: int, factor: float = 60) -> NDArray[np.float32]:
+    gain = np.float32(1) + np.float32(0.1) * normal(count)
     gain[LARGE] *= factor
     return gain
 
@@ -123,3 +125,39 @@ def test_a_factor_read_elsewhere_takes_no_scale() -> None:
     assert [{t.name for t in group.tensors} for group in groups] == [{"u", "h"}]
     assert [place.node.outputs[0].name for place in groups[0].divided] == ["u"]
     assert [place.node.outputs[0].name for place in groups[0].multiplied] == ["y", "z"]
+
+
+def test_constants_that_have_no_number_a_channel() -> None:
+    proto = bind(
+        """g (float[4,8] x, float[8,8] P, float c, float[8,5] W, float a, float b)
+            => (float[4,5] y, float z) {
+            u = Gemm (x, P, c)
+            v = Relu (u)
+            y = MatMul (v, W)
+            z = Mul (a, b) }""",
+        P=normal(8, 8),
+        c=normal() * 0 + 1,
+        W=normal(8, 5),
+        a=normal() * 0 + 1,
+        b=normal() * 0 + 2,
+    )
+    model = load(proto)
+    infer(model)
+    names = frozenset(node.name for node in model.graph.nodes)
+    first = channel_groups(model.graph, names)[0]
+    assert "has not one number a channel" in first.obstacle
+
+
+def test_a_norm_over_two_axes_has_its_channels_on_the_last() -> None:
+    proto = bind(
+        """g (float[1,16,16] x, float[16,16] G, float[16,20] W) => (float[1,16,20] y) {
+            h = LayerNormalization <axis = -2> (x, G)
+            y = MatMul (h, W) }""",
+        opset=17,
+        G=np.broadcast_to(outliers(16), (16, 16)).copy(),
+        W=normal(16, 20),
+    )
+    feed: Feed = {"x": normal(24, 1, 16, 16)}
+    model, step = apply(proto, Equalize(), feed)
+    assert len(step.changes) == 1
+    unchanged(proto, model, feed, 2e-6)
