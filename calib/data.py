@@ -51,6 +51,11 @@ class Dataset:
         return None if self.source.labels is None else self.source.labels[self._usable()]
 
     @property
+    def is_synthetic(self) -> bool:
+        """Whether samples are made up."""
+        return isinstance(self.source, Synthetic)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for the report: what was skipped, dropped or assumed."""
         skipped = list(self.source.skipped.values())

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from threadpoolctl import threadpool_limits
 
 from onnxc.core import Change, Context, Key, Skip
-from onnxc.damage import WORST, Judge, outputs
+from onnxc.damage import WORST, Judge, affordable, outputs
 from onnxc.fitter import Fitter
 from onnxc.graph import Model, copy, is_spilling
 from onnxc.layers import Layer, find_layers
@@ -137,12 +137,15 @@ class Trial:
 
     def _halves(self) -> tuple[Context, Context, Judge | None]:
         if not self.halves:
-            self.halves.append(halves(self.piece, self.unit == "sqnr"))
+            self.halves.append(halves(self.piece, len(self.free), self.unit == "sqnr"))
         return self.halves[0]
 
 
-def halves(piece: Workpiece, is_noise: bool) -> tuple[Context, Context, Judge | None]:
-    """Statistics to fit factors to, those to compare them by, and a judge of damage."""
+def halves(piece: Workpiece, layers: int, is_noise: bool) -> tuple[Context, Context, Judge | None]:
+    """Statistics to fit factors to, those to compare them by, and a judge of damage.
+
+    layers: how many will be judged.
+    """
     dataset, known = piece.calibration.dataset, piece.calibration.known
     if dataset is None or len(dataset) < 2 or is_spilling(piece.model.graph):
         stats = {} if known is None else dict(known.stats)
@@ -155,7 +158,7 @@ def halves(piece: Workpiece, is_noise: bool) -> tuple[Context, Context, Judge | 
         calibration = replace(piece.calibration, dataset=part, known=None)
         stats = gather(piece.model, Factorize(), piece.context, calibration, piece.say)
         contexts.append(replace(piece.context, stats=stats))
-    samples = few(parts[1])
+    samples = affordable(piece, few(parts[1]), layers)
     return contexts[0], contexts[1], Judge(piece, samples, outputs(piece, samples), is_noise)
 
 

@@ -6,6 +6,7 @@ Memory is in bytes, time in seconds, latency in milliseconds.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -302,7 +303,7 @@ def benchmark(
     (progress or silent)("timing")
     named = dict(zip(_labels(paths), paths, strict=True))
     feeds = list(dataset.batches(batch))
-    times = time_interleaved(named, feeds, runtime, repeats, min_time)
+    times = time_interleaved(named, feeds, runtime, repeats, min_time, math.inf)
     base, *others = times
     ratios = {name: speedup(times[base], times[name]) for name in others}
     return Benchmark(runtime, times, ratios, min(batch, len(dataset)), dataset.notes)

@@ -11,6 +11,7 @@ with the quartiles of the paired ratios as its spread.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from onnxc.runtime import Runtime, run
 Feed = dict[str, NDArray[Any]]
 
 WARM_UP = 3
+LEAST = 9  # rounds, of however slow a model
+LONG = 10.0  # seconds of timing after which LEAST rounds are enough
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,35 @@ def speedup(reference: Latency, candidate: Latency) -> Ratio:
     return Ratio(median, low, high)
 
 
+@dataclass(frozen=True)
+class Length:
+    """How long to go on timing: rounds, and seconds, that are enough."""
+
+    repeats: int
+    min_time: float = 0.0
+    max_time: float = math.inf
+    least: int = LEAST
+
+    def is_over(self, rounds: int, seconds: float) -> bool:
+        """Whether this many rounds, which took so long, are enough."""
+        if rounds >= self.repeats and seconds >= self.min_time:
+            return True
+        return rounds >= self.least and seconds >= self.max_time
+
+
 def time_interleaved(
     models: Mapping[str, Subject | str],
     feeds: Feed | Sequence[Feed],
     runtime: Runtime = Runtime(),
     repeats: int = 40,
     min_time: float = 0.0,
+    max_time: float = LONG,
 ) -> dict[str, Latency]:
     """Latency of each model over the same feeds, one run of each a round.
 
     feeds: one feed, or several that are taken in turn. repeats: least number of rounds; more are
-    taken until `min_time` seconds have passed. Raises ModelError when a model does not load or run.
+    taken until `min_time` seconds have passed, and fewer, though never fewer than LEAST, once
+    `max_time` seconds have. Raises ModelError when a model does not load or run.
     """
     if repeats < 1 or not models:
         raise OptionError("timing needs at least one model and one round")
@@ -89,17 +110,17 @@ def time_interleaved(
     for feed in itertools.islice(itertools.cycle(several), WARM_UP):
         for opened in sessions.values():
             run(opened, feed)
-    rounds = list(_rounds(list(sessions.values()), several, repeats, min_time))
+    rounds = list(_rounds(list(sessions.values()), several, Length(repeats, min_time, max_time)))
     return {name: Latency.of([r[i] for r in rounds]) for i, name in enumerate(sessions)}
 
 
 def _rounds(
-    sessions: Sequence[ort.InferenceSession], feeds: Sequence[Feed], repeats: int, min_time: float
+    sessions: Sequence[ort.InferenceSession], feeds: Sequence[Feed], length: Length
 ) -> Iterator[tuple[float, ...]]:
     """Seconds of each model, round by round."""
     start = time.perf_counter()
     for count, feed in enumerate(itertools.cycle(feeds)):
-        if count >= repeats and time.perf_counter() - start >= min_time:
+        if length.is_over(count, time.perf_counter() - start):
             return
         yield tuple(_time(opened, feed) for opened in sessions)
 

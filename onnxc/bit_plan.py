@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from onnxc.core import Context, Pass
 from onnxc.damage import Judge, Placed, outputs
+from onnxc.ends import ends
 from onnxc.graph import copy, is_spilling, opset
 from onnxc.matrices import Layer, error, layers
 from onnxc.numerics.bits import best
 from onnxc.numerics.rounding import rounded
 from onnxc.pipeline import PREPARED, compress, gather
 from onnxc.workpiece import Workpiece
-from passes.quantize_layers import QuantizeLayers, ends
+from passes.quantize_layers import QuantizeLayers
 
 Array = NDArray[Any]
 
@@ -91,7 +92,7 @@ class Plan:
             self.piece.say(f"quantize: trying bits {number}/{len(free)}")
             lost, made = self._lost(layer)
             gain = 1.0 if judge is None else self._gain(judge, layer, lost[JUDGED], made)
-            found.append(gain * self._curve(lost))
+            found.append(gain * self._curve(layer, lost))
         return found
 
     def _judge(self) -> Judge | None:
@@ -110,10 +111,11 @@ class Plan:
     def _rounded(self, layer: Layer, W: Array, E: Any, bits: int) -> Array:
         return rounded(W, E, self.quantize.wish(layer, bits, self.context), "gptq").weight
 
-    def _curve(self, lost: dict[int, float]) -> Array:
+    def _curve(self, layer: Layer, lost: dict[int, float]) -> Array:
         """D at all WIDTHS, never growing."""
         last = TRIED[-1]
-        widths = {b: self.quantize.grid(b, self.context).width for b in WIDTHS}
+        wishes = {b: self.quantize.wish(layer, b, self.context) for b in WIDTHS}
+        widths = {b: wish.grid.width for b, wish in wishes.items()}
         curve = [lost.get(b, lost[last] * 4.0 ** (last - widths[b])) for b in WIDTHS]
         return np.minimum.accumulate(curve)
 

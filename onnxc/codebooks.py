@@ -83,13 +83,16 @@ class Books:
         self, book: gs.Constant, codes: NDArray[Any], bits: int
     ) -> tuple[list[gs.Node], gs.Constant]:
         """The nodes that give rows of a book by codes, and the codes as they are stored."""
+        nodes, kept = self._stored(codes, bits)
+        return nodes + self._look_up(book, nodes[-1].outputs[0] if nodes else kept), kept
+
+    def _stored(self, codes: NDArray[Any], bits: int) -> tuple[list[gs.Node], gs.Constant]:
+        """The nodes that unpack codes, none of a width that is stored whole, and what they read."""
         if self.is_whole(bits):
             kind = np.dtype(np.uint8) if bits == WIDEST else np.dtype(ml_dtypes.uint4)
-            kept = self._keep("codes", codes.astype(np.uint8).astype(kind))
-            return self._look_up(book, kept), kept
+            return [], self._keep("codes", codes.astype(np.uint8).astype(kind))
         kept = self._keep("codes", pack(codes, bits))
-        nodes = self._unpack(kept, bits)
-        return nodes + self._look_up(book, nodes[-1].outputs[0]), kept
+        return self._unpack(kept, bits), kept
 
     def _unpack(self, packed: gs.Constant, bits: int) -> list[gs.Node]:
         """Codes as bytes, (groups, count)."""
@@ -121,7 +124,7 @@ class Books:
         return [*picked, *shifted, both]
 
     def _look_up(self, book: gs.Constant, codes: gs.Tensor) -> list[gs.Node]:
-        cast = self._node("Cast", [codes], to=INT32)
+        cast = self._cast(codes, INT32)
         return [cast, self._node("Gather", [book, cast.outputs[0]])]
 
     def _reshape(self, shape: Any, found: gs.Tensor, count: int, bits: int) -> list[gs.Node]:
@@ -133,6 +136,9 @@ class Books:
             nodes = [flat, self._node("Slice", [flat.outputs[0], *ends])]
             found = nodes[-1].outputs[0]
         return [*nodes, self._node("Reshape", [found, self._numbers(shape)])]
+
+    def _cast(self, x: gs.Tensor, kind: int) -> gs.Node:
+        return self._node("Cast", [x], to=kind)
 
     def _numbers(self, numbers: Any) -> gs.Constant:
         """A vector of int64, once for each content."""

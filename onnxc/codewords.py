@@ -97,9 +97,6 @@ class Codewords(Books):
         shape = self._numbers(tensor.shape)
         return [turned, self._node("Reshape", [turned.outputs[0], shape])]
 
-    def _cast(self, x: gs.Tensor, kind: int) -> gs.Node:
-        return self._node("Cast", [x], to=kind)
-
 
 def _view(tensor: gs.Constant, found: Vectors, is_turned: bool) -> tuple[int, ...]:
     """The shape that rows are put together in: the weight's own, or that of the matrix."""

@@ -48,9 +48,9 @@ class Plan:
             return {"recipe": self.passes}
         return self.task.ways(self.settings, piece)
 
-    def rescue(self, has_data: bool) -> Ways:
+    def rescue(self, piece: Workpiece) -> Ways:
         """What to try where all of these fall short."""
-        return {} if self.passes else self.task.rescue(self.settings, has_data)
+        return {} if self.passes else self.task.rescue(self.settings, piece)
 
     def is_meant(self, step: Step) -> bool:
         """Whether a step does what was asked for, and not only helps."""
@@ -108,11 +108,12 @@ def check_prepared(model: Model, calibration: Calibration) -> None:
 class Attempt:
     """Every way of doing a task that is worth trying, carried out.
 
-    prepared: what was done before, the same for all. ways: passes by name.
+    piece: the prepared model and what is known of it. prepared: what was done before, the same for
+    all. ways: passes by name.
     """
 
     plan: Plan
-    context: Context
+    piece: Workpiece
     prepared: tuple[Step, ...]
     ways: Ways
     built: Mapping[str, search.Built]
@@ -158,11 +159,10 @@ def attempt(
     calibration = replace(calibration, original=model)
     infer(model, feed)
     context = Context(opset(model.graph), plan.target, seed=plan.seed, only=plan.only)
-    ways = plan.ways(
-        Workpiece(model, context, calibration, feed, runtime, progress or silent, judge)
-    )
+    piece = Workpiece(model, context, calibration, feed, runtime, progress or silent, judge)
+    ways = plan.ways(piece)
     built = search.build(model, ways, context, calibration, feed, progress)
-    return Attempt(plan, context, tuple(prepared), ways, built)
+    return Attempt(plan, piece, tuple(prepared), ways, built)
 
 
 def compress_model(
@@ -186,9 +186,9 @@ def compress_model(
         progress("measuring")
     found, latency = search.trials(original, tried.built, judge, runtime, client=calibration.client)
     chosen = search.best(found)
-    safe = plan.rescue(calibration.dataset is not None)
-    if search.falls_short(chosen) and safe.keys() - tried.ways.keys():
-        more = search.build(model, safe, tried.context, calibration, feed, progress)
+    safe = plan.rescue(tried.piece) if search.falls_short(chosen) else {}
+    if safe.keys() - tried.ways.keys():
+        more = search.build(model, safe, tried.piece.context, calibration, feed, progress)
         tried = replace(tried, ways={**tried.ways, **safe}, built={**tried.built, **more})
         found, latency = search.trials(
             original, tried.built, judge, runtime, client=calibration.client

@@ -20,6 +20,7 @@ from onnxc.bench import Ratio
 from onnxc.check import Comparison, Coverage
 from onnxc.core import Skip
 from onnxc.cost import HeavyNode, Inspection, Port
+from onnxc.few_bits import is_in_float
 from onnxc.report import (
     Benchmark,
     Calibrated,
@@ -48,7 +49,7 @@ def render(report: Report) -> RenderableType:
     table, result = _measures(report), _verdict(report)
     parts: Parts = [*_headline(report.headline), _title(report), table, result]
     parts += _done(report)
-    parts += _left_float(report.coverage, report.skips, report.way == "weight-only")
+    parts += _left_float(report.coverage, report.skips, is_in_float(report.way))
     parts += _notes((*report.notes, *_zeros_notes(report), *_untold(report)))
     return Group(*parts, *_effort(report.seconds, report.memory_peak))
 
@@ -277,7 +278,7 @@ def _left_float(
     if coverage is None:
         return _grouped("left alone", ((s.node, s.reason) for s in skips))
     if weights_alone:
-        left = ((k.node, "only weights are stored in integers") for k in coverage.left_float)
+        left = ((k.node, "only weights are stored in few bits") for k in coverage.left_float)
         return _grouped("run in float", left)
     reasons = {skip.node: skip.reason for skip in skips}
     left = (

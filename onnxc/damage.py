@@ -41,7 +41,7 @@ Outputs = list[dict[str, Array]]
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of a group's channels, at which damage is measured
 MOST = 0.75  # of a group's channels that may go
-SECONDS, FEWEST = 300.0, 8  # of measuring; samples in each run, whatever that takes
+SECONDS, FEWEST = 300.0, 2  # of measuring; samples in each run, whatever that takes
 BATCH = 16  # samples in a run, where the model takes them
 WORST = 10.0  # damage beyond which it makes no difference
 
@@ -108,7 +108,7 @@ def measure(
         return found
     counts = [_counts(one.curve) for one in found]
     total, done = sum(map(len, counts)), 0
-    samples = _affordable(piece, samples, total)
+    samples = affordable(piece, samples, total)
     judge = Judge(piece, samples, outputs(piece, samples))
     for number, (one, some) in enumerate(zip(found, counts, strict=True)):
         errors = []
@@ -122,7 +122,7 @@ def measure(
     return found
 
 
-def _affordable(piece: Workpiece, samples: Dataset, runs: int) -> Dataset:
+def affordable(piece: Workpiece, samples: Dataset, runs: int) -> Dataset:
     """As many of the samples as can be run so often in SECONDS, but a few."""
     start = time.perf_counter()
     outputs(piece, samples.subset([0]))

@@ -1,13 +1,18 @@
-"""Ways to quantize weights to few bits, rounded layer after layer (`passes.quantize_layers`).
+"""Ways to quantize weights to few bits, layer after layer.
 
-    static        on few integers in front of DequantizeLinear, for kernels that compute in 8 bits
-    fixed         the same with scales that are powers of two, and no others in the file
-    rounded       the same integers with their scales in a Mul; the model computes in float
-    weight-only   4 bits in blocks, where nothing was said about rounding
+    static, rounded   on few integers in front of DequantizeLinear, for kernels of 8 bits
+    fixed             the same with scales that are powers of two, and no others in the file
+    rounded           integers with their scales in a Mul; the model computes in float
+    SCHEME            levels of another scheme than rounding; the model computes in float
+    weight-only       4 bits in blocks that have a scale of their own
+    MatMulNBits       the same, multiplied as they are
 
-With an average of bits, each layer gets its own (`onnxc.bit_plan`).
+Blocks are rounded layer after layer, too, where the model was seen at work; if not, or where that
+is asked for, each weight to the nearest. With an average of bits, each layer gets its own
+(`onnxc.bit_plan`).
 
-Integers are stored in as many bits as they have, and unpacked as ONNX Runtime loads the file.
+(`passes.quantize_layers`, `passes.quantize_levels`.) Codes are stored in as many bits as they have,
+and unpacked as ONNX Runtime loads the file.
 """
 
 from __future__ import annotations
@@ -21,20 +26,26 @@ from typing import Literal
 from onnxc.bit_plan import WIDTHS, planned
 from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, least_opset
 from onnxc.core import Pass
+from onnxc.errors import OptionError
 from onnxc.graph import Model
 from onnxc.ops import bounds, is_absorbed
-from onnxc.search import AUTO_RANGES, WIDE_OPSET, blocks_of_four, operators
+from onnxc.search import AUTO_RANGES, BLOCK, WIDE_OPSET, blocks_of_four, operators
 from onnxc.workpiece import Workpiece
+from passes.absorb_offsets import AbsorbOffsets
 from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
 from passes.quantize_constants import QuantizeConstants
 from passes.quantize_layers import QuantizeLayers
+from passes.quantize_levels import QuantizeLevels, why_no_integers
 from passes.quantize_weights import QuantizeWeights
 from passes.share_constants import ShareConstants
 from passes.store_codebooks import StoreCodebooks
 from passes.upgrade_opset import UpgradeOpset
 
 Activations = Literal["auto", 8, 16, "float"]
+OfLayers = QuantizeLayers | QuantizeLevels
+IN_FLOAT = ", in float"  # ends the names of ways on levels
+FLOATS = ("weight-only", "rounded")
 LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 
 
@@ -45,25 +56,61 @@ class Wanted:
     average: bits of a weight, where layers get what they need; None where all get the same.
     """
 
-    layers: QuantizeLayers
+    layers: OfLayers
     is_asked: bool
     activations: Activations
     ranges: Ranges | None
     average: float | None = None
 
+    @property
+    def power_of_two(self) -> bool:
+        """Whether scales are powers of two."""
+        return isinstance(self.layers, QuantizeLayers) and self.layers.power_of_two
+
 
 def ways(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
-    """The ways worth trying for a model, by name."""
-    model, context = piece.model, piece.context
-    convolves = bool(operators(model, context, channels=True))
+    """The ways worth trying for a model, by name.
+
+    Raises OptionError for integers of levels that are none.
+    """
+    if isinstance(wanted.layers, QuantizeLevels):
+        return _of_levels(wanted, wanted.layers, piece)
+    convolves = bool(operators(piece.model, piece.context, channels=True))
     if wanted.activations != "float" and (convolves or wanted.activations != "auto"):
         return _in_integers(wanted, piece)
-    found = _in_float(wanted, piece) if convolves or not _has_blocks(wanted) else {}
-    return {**found, **(blocks_of_four(model, context) if _has_blocks(wanted) else {})}
+    layers = wanted.layers
+    has_blocks = layers.bits == NIBBLE and wanted.average is None
+    found = _in_float(wanted, piece) if convolves or not has_blocks else {}
+    if not has_blocks or (convolves and wanted.is_asked):
+        return found
+    cut = _in_blocks(layers, piece.is_measured)
+    return {**found, **blocks_of_four(piece.model, piece.context, *cut)}
 
 
-def _has_blocks(wanted: Wanted) -> bool:
-    return wanted.layers.bits == NIBBLE and not wanted.is_asked and wanted.average is None
+def is_in_float(way: str) -> bool:
+    """Whether a model computes in float, with only its weights in few bits."""
+    return way in FLOATS or way.endswith(IN_FLOAT)
+
+
+def _of_levels(
+    wanted: Wanted, levels: QuantizeLevels, piece: Workpiece
+) -> Mapping[str, tuple[Pass, ...]]:
+    if wanted.activations in ("auto", "float"):
+        return _in_float(wanted, piece, f"{levels.summary}{IN_FLOAT}")
+    target = piece.context.target
+    reason = why_no_integers(levels, target)
+    if reason:
+        raise OptionError(
+            f"{reason}, which kernels of {target.name} do not take: use --activations float"
+        )
+    return _in_integers(wanted, piece)
+
+
+def _in_blocks(layers: QuantizeLayers, is_measured: bool) -> tuple[Pass, ...]:
+    """What rounds weights ahead of storing them in blocks."""
+    if layers.rounding == "nearest" or not is_measured:
+        return ()
+    return (replace(layers, block=BLOCK, smallest=LEAST),)
 
 
 def _opset(wanted: Wanted) -> int:
@@ -72,24 +119,26 @@ def _opset(wanted: Wanted) -> int:
     return max(NIBBLE_OPSET if bits == NIBBLE else least_opset(bits) for bits in widths)
 
 
-def _in_float(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
+def _in_float(
+    wanted: Wanted, piece: Workpiece, name: str = "rounded"
+) -> Mapping[str, tuple[Pass, ...]]:
     layers = replace(wanted.layers, scales="apart", smallest=LEAST)
     start = (UpgradeOpset(_opset(wanted)),)
-    name, layers = _planned("rounded", layers, wanted, piece, start)
+    name, layers = _planned(name, layers, wanted.average, piece, start)
     return {name: (*start, layers, StoreCodebooks())}
 
 
 def _planned(
     name: str,
-    layers: QuantizeLayers,
-    wanted: Wanted,
+    layers: OfLayers,
+    average: float | None,
     piece: Workpiece,
     start: tuple[Pass, ...],
-) -> tuple[str, QuantizeLayers]:
+) -> tuple[str, OfLayers]:
     """The pass with the bits of each layer, and the name of the way with how many have which."""
-    if wanted.average is None:
+    if average is None or isinstance(layers, QuantizeLevels):
         return name, layers
-    found = planned(layers, wanted.average, piece, start)
+    found = planned(layers, average, piece, start)
     counts = sorted(Counter(found.of_layers.values()).items())
     told = ", ".join(f"{count} of {bits}" for bits, count in counts)
     return f"{name}, layers of bits: {told}" if told else name, found
@@ -115,11 +164,14 @@ def _in_integers(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, .
     start: tuple[Pass, ...] = (
         UpgradeOpset(opset),
         *((Equalize(),) if piece.has_data and _is_clipped(piece.model) else ()),
+        *((AbsorbOffsets(),) if piece.has_data else ()),
     )
     bits: Literal[8, 16] = 16 if is_wide else 8
-    pow2 = wanted.layers.power_of_two
+    pow2 = wanted.power_of_two
     quantize = Quantize(wanted.ranges or AUTO_RANGES[0], activation_bits=bits, power_of_two=pow2)
-    name, layers = _planned("fixed" if pow2 else "static", wanted.layers, wanted, piece, start)
+    name, layers = _planned(
+        *("fixed" if pow2 else "static, rounded", wanted.layers, wanted.average, piece, start)
+    )
     integers: tuple[Pass, ...] = (replace(layers, reconstruct=False), quantize)
     if piece.has_data:
         integers = (replace(quantize, weights=False), layers, QuantizeConstants(pow2))

@@ -100,6 +100,12 @@ class Layer:
         return full if full.size < self.size else None
 
     @property
+    def has_gains(self) -> bool:
+        """Whether each output may have a gain of its own in front of the weight."""
+        shape = (*self.matrix.shape[:2], 1)
+        return self.gain(np.arange(1.0, 1 + prod(shape)).reshape(shape)) is not None
+
+    @property
     def window(self) -> Window:
         """How the first node cuts its input into rows."""
         cut = knowledge(self.nodes[0]).window

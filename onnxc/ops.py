@@ -38,6 +38,8 @@ class Op:
     bounds: positions of the least and largest output. float_output: the integer kernel can return
     float, so that its output needs no scale. adds: the output is the sum of the data inputs.
     copies: the output holds the values of all of them, so that one scale may do for all.
+    multiplies: the output is the product of the data inputs. gains: positions of the constants, one
+    number a channel of y_axis, that scale the output together.
     x_axis, window: the axis of the input that the weight's input channels multiply, and how the
     input is cut into the rows that it multiplies, as functions of the node.
     fits: whether a node suits the integer kernel. bare: the row of a node whose weight is computed.
@@ -55,6 +57,8 @@ class Op:
     float_output: bool = False
     adds: bool = False
     copies: bool = False
+    multiplies: bool = False
+    gains: tuple[int, ...] = ()
     x_axis: Callable[[gs.Node], int] | None = None
     window: Callable[[gs.Node], Window] | None = None
     fits: Callable[[gs.Node], bool] | None = None
@@ -162,7 +166,7 @@ OPS: dict[str, Op] = {
     "GRU": Op("recurrent", weight=1, x_axis=lambda n: -1, window=_recurrent_window),
     "Gather": Op("lookup", weight=0, bare=Op("same")),
     "Add": Op("sum", data=(0, 1), homogeneous=True, adds=True),
-    "Mul": Op("sum", data=(0, 1)),
+    "Mul": Op("sum", data=(0, 1), multiplies=True),
     "Concat": Op("sum", data=(), copies=True),
     "AveragePool": Op("sum", homogeneous=True),
     "GlobalAveragePool": Op("sum", homogeneous=True),
@@ -182,6 +186,9 @@ OPS: dict[str, Op] = {
     "Resize": Op("same", fits=_takes_nearest),
     "Relu": Op("activation", homogeneous=True),
     "Clip": Op("activation", bounds=(1, 2), fits=_clips_from_zero),
+    "LayerNormalization": Op(gains=(1, 2), y_axis=-1),
+    "RMSNormalization": Op(gains=(1,), y_axis=-1),
+    "InstanceNormalization": Op(gains=(1, 2)),
 }
 
 OPAQUE = Op(data=())

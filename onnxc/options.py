@@ -110,11 +110,15 @@ def _option(cls: type[Any], name: str, kind: Any) -> Decorator[Any]:
     settings: dict[str, Any] = {"help": _help(cls, name), "default": None}
     if members == [bool]:
         return click.option(f"--{dashed}/--no-{dashed}", name, **settings)
-    if all(get_origin(k) is Literal and isinstance(get_args(k)[0], str) for k in members):
+    if all(get_origin(k) is Literal and _are_words(get_args(k)) for k in members):
         settings["type"] = click.Choice([str(v) for k in members for v in get_args(k)])
     else:
         settings |= {"type": reader(kind), "metavar": _metavar(kind)}
     return click.option(f"--{dashed}", name, **settings)
+
+
+def _are_words(choices: Iterable[Any]) -> bool:
+    return all(isinstance(choice, str) for choice in choices)
 
 
 def _help(cls: type[Any], name: str) -> str:

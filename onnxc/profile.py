@@ -7,9 +7,11 @@ heavy node in it, which is found from that name backwards.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +20,12 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
+from onnxc.bench import Length
 from onnxc.graph import Model, runnable
 from onnxc.ops import knowledge
 from onnxc.runtime import Runtime, run, session
 
-ROUNDS = 12
+LENGTH = Length(repeats=12, max_time=5.0, least=3)
 KERNEL = "_kernel_time"
 ADDED = re.compile(r"(_nchwc|_token_\d+|_quant|_fused)+$")  # what the runtime appends to names
 HEAVY = re.compile(r"(Conv|ConvTranspose|Gemm|MatMul|LSTM|GRU)\w*$")
@@ -30,16 +33,19 @@ NEAR = 4  # nodes that a fused kernel takes in, at most
 
 
 def node_times(
-    model: Model, feed: Mapping[str, Any], runtime: Runtime = Runtime(), rounds: int = ROUNDS
+    model: Model, feed: Mapping[str, Any], runtime: Runtime = Runtime(), length: Length = LENGTH
 ) -> dict[str, float]:
-    """Milliseconds of each node in a run on `feed`, the median of `rounds`.
+    """Milliseconds of each node in a run on `feed`, the median of some rounds.
 
     Kernels that belong to no node, such as changes of the memory layout, are under "". Raises
     ModelError when the model cannot be run.
     """
     with tempfile.TemporaryDirectory(prefix="onnxc-") as folder, runnable(model) as source:
         opened = session(source, runtime, profile=Path(folder) / "times")
-        for _ in range(rounds):
+        start = time.perf_counter()
+        for count in itertools.count():
+            if length.is_over(count, time.perf_counter() - start):
+                break
             run(opened, dict(feed))
         events = json.loads(Path(opened.end_profiling()).read_text())
     found: dict[tuple[str, str], list[float]] = defaultdict(list)

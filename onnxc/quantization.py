@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from onnxc import few_bits, search
 from onnxc.core import Pass
@@ -13,9 +13,17 @@ from onnxc.few_bits import Activations, Wanted
 from onnxc.workpiece import Workpiece
 from passes.quantize import Ranges
 from passes.quantize_layers import QuantizeLayers
+from passes.quantize_levels import QuantizeLevels, Scheme
 
-Bits = Literal[2, 3, 4, 5, 6, 8, 16]
+Width = Literal[1, 2, 3, 4, 5, 6, 8, 16]
 IN_INTEGERS = ("auto", "qdq")
+USUAL: dict[str, Width] = {
+    "pow2": 4,
+    "ternary": 2,
+    "binary": 2,
+    "admm": 3,
+    "levels": 3,
+}  # bits of the schemes
 
 
 @dataclass(frozen=True)
@@ -24,23 +32,27 @@ class QuantizeSettings:
 
     format: how the integers are written; auto chooses for each layer by what it measures.
     scheme: affine (scale and zero point), or fixed point: scales that are powers of two, zero point
-        0, signed Qm.n, or unsigned UQm.n where no value is negative; shifts and standard operators.
-    bits: of the weights; 16 are for fixed point, of activations, too. A number with a point, such
-        as 3.5 or 4.0, is an average, and each layer gets the bits that its outputs need.
+        0, signed Qm.n, or unsigned UQm.n where no value is negative; shifts and standard operators;
+        or weights on few levels: powers of two (pow2, admm with a factor for each output), ternary,
+        sums of binary bases (binary), or any few for each output (levels).
+    bits: of the weights, of binary how many bases; auto: 8, or few that suit the scheme; 16 are for
+        fixed point, of activations, too. A number with a point, such as 3.5 or 4.0, is an average,
+        and each layer gets the bits that its outputs need.
     rounding: of the weights: each to the nearest, or as the outputs of their layer ask for, by
         columns that make up for those before (gptq) or by coordinate descent; auto: nearest for 8
-        bits, descent for fewer and for fixed point. stochastic: up or down by chance, such that the
-        mean stays.
+        bits, descent for fewer and for fixed point. admm: from the better of descent and ADMM,
+        slow. stochastic: up or down by chance, such that the mean stays.
     activations: bits of the activations, or float, to store weights in few bits and compute in
-        float; auto: 8, and float for fewer than 8 bits of weights where nothing convolves.
+        float; auto: 8, and float for fewer than 8 bits of weights where nothing convolves, and for
+        levels.
     keep_ends: whether first and last layers keep 8 bits where the others get fewer.
     ranges: how activation ranges are chosen from the statistics.
     """
 
     format: Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"] = "auto"
-    scheme: Literal["affine", "fixed"] = "affine"
-    bits: Bits | float = 8
-    rounding: Literal["auto", "nearest", "gptq", "descent", "stochastic"] = "auto"
+    scheme: Literal["affine", "fixed", "pow2", "ternary", "binary", "admm", "levels"] = "affine"
+    bits: Literal["auto"] | Width | float = "auto"
+    rounding: Literal["auto", "nearest", "gptq", "descent", "admm", "stochastic"] = "auto"
     activations: Literal["auto", 8, 16, "float"] = "auto"
     keep_ends: bool = True
     ranges: Literal["auto"] | Ranges = "auto"
@@ -51,27 +63,54 @@ class QuantizeSettings:
     @property
     def suffix(self) -> str:
         """Of the file that is written."""
-        return f"int{self.bits:g}"
+        return self.scheme if self.has_levels else f"int{self.average or self.width:g}"
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether weights are put on levels of a scheme."""
+        return self.scheme in get_args(Scheme)
+
+    @property
+    def average(self) -> float | None:
+        """Bits of a weight, where layers get what they need; None where all get the same."""
+        return self.bits if isinstance(self.bits, float) else None
+
+    @property
+    def width(self) -> Width:
+        """Bits of the weights; 4 of layers that get no others from an average."""
+        if isinstance(self.bits, float):
+            return 4
+        return USUAL.get(self.scheme, 8) if self.bits == "auto" else self.bits
+
+    @property
+    def is_float(self) -> bool:
+        """Whether float activations were asked for."""
+        return self.activations == "float" or self.format == "weight-only"
 
     @property
     def is_rounded(self) -> bool:
         """Whether weights are put on their integers layer after layer."""
-        if isinstance(self.bits, float):
-            return True
+        if self.has_levels or self.width == 16:
+            return False
         plain = ("nearest",) if self.scheme == "fixed" else ("auto", "nearest")
-        return self.bits < 8 or (self.bits == 8 and self.rounding not in plain)
+        return self.width < 8 or self.rounding not in plain
 
 
 def check_settings(settings: QuantizeSettings) -> None:
     """Refuse settings that do not go together. Raises OptionError with one sentence."""
-    kind, bits, given = settings.format, settings.bits, settings.activations
-    if isinstance(bits, float) and not 2 <= bits <= 8:
+    kind, average, given = settings.format, settings.average, settings.activations
+    if average is not None and not 2 <= average <= 8:
         known = "2, 3, 4, 5, 6, 8 or 16, or an average of 2 to 8"
-        raise OptionError(f"the bits of weights are {known}, not {bits:g}")
+        raise OptionError(f"the bits of weights are {known}, not {average:g}")
     if settings.scheme == "fixed":
         _check_fixed(settings)
         return
-    if bits == 16:
+    if settings.has_levels:
+        _check_levels(settings)
+        return
+    if settings.width == 1:
+        raise OptionError("1 bit is for --scheme binary or levels: add one of them, or take 2 bits")
+    if settings.width == 16:
         raise OptionError("16 bits are for fixed point: add --scheme fixed, or take 8 bits")
     if settings.is_rounded and kind in ("qoperator", "dynamic"):
         raise OptionError(
@@ -91,34 +130,63 @@ def _check_fixed(settings: QuantizeSettings) -> None:
         )
     if settings.activations == "float":
         raise OptionError("fixed point computes in integers: leave --activations float out")
-    if settings.bits == 16 and settings.rounding not in ("auto", "nearest"):
+    if settings.width == 1:
+        raise OptionError("fixed point has 2 to 8 bits or 16, not 1")
+    if settings.width == 16 and settings.rounding not in ("auto", "nearest"):
         raise OptionError("16 bits lose too little for --rounding: leave it out, or take 8 bits")
-    if settings.bits == 16 and settings.activations == 8:
+    if settings.width == 16 and settings.activations == 8:
         raise OptionError("weights of 16 bits go with activations of 16: leave --activations out")
+
+
+def _check_levels(settings: QuantizeSettings) -> None:
+    scheme, kind, given = settings.scheme, settings.format, settings.activations
+    if settings.rounding != "auto":
+        raise OptionError(f"--scheme {scheme} has no --rounding: leave one of them out")
+    if settings.average is not None:
+        raise OptionError(f"--scheme {scheme} has whole bits, the same for all: drop the point")
+    if scheme == "ternary" and settings.bits != "auto":
+        raise OptionError("--scheme ternary has no --bits: leave them out")
+    if kind not in (*IN_INTEGERS, "weight-only"):
+        raise OptionError(f"--scheme {scheme} is for --format weight-only or qdq, not {kind}")
+    if (given == "float" and kind == "qdq") or (given in (8, 16) and kind == "weight-only"):
+        raise OptionError(f"--activations {given} is not --format {kind}: leave one of them out")
+    _levels(settings)
 
 
 def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The candidates that fit the settings, by name."""
-    ranges: Ranges | None = None if settings.ranges == "auto" else settings.ranges
-    is_float = "float" in (settings.activations, settings.format.replace("weight-only", "float"))
-    kind = "weight-only" if is_float else settings.format
-    if settings.is_rounded or (settings.activations == 16 and settings.bits != 16):
-        activations: Activations = "float" if is_float else settings.activations
-        if settings.scheme == "fixed" and activations == "auto":
-            activations = 8
-        average = settings.bits if isinstance(settings.bits, float) else None
-        is_asked = settings.rounding != "auto"
-        wanted = Wanted(_layers(settings), is_asked, activations, ranges, average)
-        return few_bits.ways(wanted, piece)
+    is_wide = settings.activations == 16 and settings.width != 16
+    if settings.has_levels or settings.is_rounded or is_wide:
+        return few_bits.ways(_wanted(settings), piece)
+    kind = "weight-only" if settings.is_float else settings.format
     return search.candidates(
-        *(piece.model, piece.context, kind, ranges, int(settings.bits)),
+        *(piece.model, piece.context, kind, _ranges(settings), settings.width),
         pow2=settings.scheme == "fixed",
         has_data=piece.has_data,
     )
 
 
+def _wanted(settings: QuantizeSettings) -> Wanted:
+    activations: Activations = "float" if settings.is_float else settings.activations
+    in_integers = settings.scheme == "fixed" or (settings.has_levels and settings.format == "qdq")
+    if in_integers and activations == "auto":
+        activations = 8
+    return Wanted(
+        _levels(settings) if settings.has_levels else _layers(settings),
+        settings.rounding != "auto",
+        activations,
+        _ranges(settings),
+        settings.average,
+    )
+
+
+def _ranges(settings: QuantizeSettings) -> Ranges | None:
+    return None if settings.ranges == "auto" else settings.ranges
+
+
 def _layers(settings: QuantizeSettings) -> QuantizeLayers:
-    bits: Any = 4 if isinstance(settings.bits, float) else settings.bits
+    bits = settings.width
+    assert bits != 1 and bits != 16
     rounding = "descent" if settings.rounding == "auto" else settings.rounding
     return QuantizeLayers(
         *(bits, rounding, settings.keep_ends),
@@ -127,6 +195,21 @@ def _layers(settings: QuantizeSettings) -> QuantizeLayers:
     )
 
 
-def rescue(settings: QuantizeSettings, has_data: bool) -> Mapping[str, tuple[Pass, ...]]:
-    """What is tried where all else falls short; nothing where something was asked for by name."""
-    return search.fallback(has_data) if settings == QuantizeSettings() else {}
+def _levels(settings: QuantizeSettings) -> QuantizeLevels:
+    """Raises OptionError for bits that the scheme does not have."""
+    assert settings.scheme != "affine" and settings.scheme != "fixed"
+    return QuantizeLevels(settings.scheme, settings.width, settings.keep_ends, scales="inside")
+
+
+def rescue(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
+    """What is tried where all else falls short; nothing where something was asked for by name.
+
+    Weights only, which is never slower, and weights rounded for their outputs, which takes longer.
+    """
+    plain = replace(settings, bits="auto") if settings.bits == 8 else settings
+    if plain != QuantizeSettings():
+        return {}
+    found = search.fallback(piece.has_data)
+    if not (piece.has_data and search.operators(piece.model, piece.context, channels=True)):
+        return found
+    return {**found, **few_bits.ways(_wanted(settings), piece)}

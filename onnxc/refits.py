@@ -122,11 +122,11 @@ def _write(graph: gs.Graph, node: gs.Node, W: Array, b: Array, what: str) -> Cha
     return Change(node.name, what, before, after)
 
 
-def set_bias(graph: gs.Graph, node: gs.Node, bias: Array) -> None:
+def set_bias(graph: gs.Graph, node: gs.Node, bias: Array, suffix: str = "refit") -> None:
     position = knowledge(node).bias
     assert position is not None
     stem = node.inputs[position].name if has_bias(node) else f"{node.name}_bias"
-    made = constant(fresh(graph, f"{stem}_refit"), bias)
+    made = constant(fresh(graph, f"{stem}_{suffix}"), bias)
     if position < len(node.inputs):
         node.inputs[position] = made
     else:

@@ -32,6 +32,7 @@ from onnxc.runtime import LEVELS, Runtime, dtype_of, provider_name, run, session
 from onnxc.samples import OF_VALIDATION, Samples, choose_samples
 from onnxc.stages import open_stages
 from onnxc.targets import choose as choose_target
+from onnxc.targets import misjudged
 from onnxc.tasks import Settings, Task
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ class Job:
             told += tuple(f"validation data: {note}" for note in validation.notes)
         if self.samples.left_out:
             told += (f"{self.samples.left_out} samples did not judge: the statistics saw them",)
+        if self.plan.task.aim.seeks == "integers" and misjudged(self.plan.target):
+            told += (misjudged(self.plan.target),)
         return (self._counts(), *self.model.notes, *told)
 
     def _counts(self) -> str:

@@ -4,6 +4,7 @@
     mixed         static convolutions, other heavy nodes quantized on the fly
     dynamic       activations quantized on the fly, for MatMul, Gemm and LSTM
     weight-only   int8 or int4 weights in the file, float arithmetic: always smaller
+    rounded       static, weights rounded for their outputs (`onnxc.few_bits`), if others fall short
     fixed         static with scales that are powers of two
 
 Each candidate is built, run on held-out samples and timed in turn with the float model. Of those
@@ -39,6 +40,7 @@ from onnxc.pipeline import (
     renewed,
 )
 from onnxc.runtime import Runtime
+from passes.absorb_offsets import AbsorbOffsets
 from passes.correct_bias import CorrectBias
 from passes.equalize import Equalize
 from passes.quantize import Quantize, Ranges
@@ -150,7 +152,7 @@ def fallback(has_data: bool = True) -> dict[str, tuple[Pass, ...]]:
 
 def _start(has_data: bool, **settings: Any) -> tuple[Pass, ...]:
     """What makes quantizing better; equalized tensors have no longer the statistics of a file."""
-    first: tuple[Pass, ...] = (Equalize(),) if has_data else ()
+    first: tuple[Pass, ...] = (Equalize(), AbsorbOffsets()) if has_data else ()
     return (*first, _bias(has_data, **settings))
 
 
@@ -168,12 +170,15 @@ def _fixed(ranges: Ranges | None, bits: int, has_data: bool) -> tuple[Pass, ...]
     return (*_start(has_data, power_of_two=True), narrow)
 
 
-def blocks_of_four(model: Model, context: Context) -> dict[str, tuple[Pass, ...]]:
-    """Weights of 4 bits in blocks, expanded at load or multiplied as they are."""
-    upgrade = UpgradeOpset(WIDE_OPSET)
+def blocks_of_four(model: Model, context: Context, *first: Pass) -> dict[str, tuple[Pass, ...]]:
+    """Weights of 4 bits in blocks, expanded at load or multiplied as they are.
+
+    first: what is done to them before.
+    """
+    start = (UpgradeOpset(WIDE_OPSET), *first)
     ways: dict[str, tuple[Pass, ...]] = {
-        "weight-only": (upgrade, QuantizeWeights(bits=4, block=BLOCK)),
-        "MatMulNBits": (upgrade, QuantizeWeights(bits=4, block=BLOCK, form="matmulnbits")),
+        "weight-only": (*start, QuantizeWeights(bits=4, block=BLOCK)),
+        "MatMulNBits": (*start, QuantizeWeights(bits=4, block=BLOCK, form="matmulnbits")),
     }
     if not operators(model, context, channels=False):
         del ways["MatMulNBits"]

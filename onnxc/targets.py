@@ -81,3 +81,13 @@ def choose(name: str) -> Target:
     if row is None:
         raise OptionError(f"target {name!r} is not known; choose auto, {', '.join(TARGETS)}")
     return row
+
+
+def misjudged(target: Target) -> str:
+    """Why this machine cannot tell what a target makes of 8-bit weights; empty if it can."""
+    if target.reduce_range or not choose("auto").reduce_range:
+        return ""
+    return (
+        f"int8 sums saturate on this processor, which is no {target.name}: the verdict is worse "
+        "than what the target will give; --level none computes without those kernels"
+    )

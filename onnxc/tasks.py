@@ -30,7 +30,7 @@ class Settings(Protocol):
     def suffix(self) -> str: ...
 
 
-def _no_rescue(settings: Any, has_data: bool) -> Ways:
+def _no_rescue(settings: Any, piece: Workpiece) -> Ways:
     return {}
 
 
@@ -51,7 +51,7 @@ class Task:
     aim: Aim
     settings: type[Settings]
     ways: Callable[[Any, Workpiece], Ways]
-    rescue: Callable[[Any, bool], Ways] = _no_rescue
+    rescue: Callable[[Any, Workpiece], Ways] = _no_rescue
     missed: Callable[[Any, Any], tuple[str, ...]] = _no_goal
 
     @property

@@ -32,3 +32,11 @@ class Workpiece:
     @property
     def has_data(self) -> bool:
         return self.calibration.dataset is not None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether statistics are of samples that were given, not of made-up ones."""
+        dataset = self.calibration.dataset
+        return self.calibration.known is not None or (
+            dataset is not None and not dataset.is_synthetic
+        )

@@ -1,5 +1,6 @@
 """One rewrite a file. Importing this package enters every pass into `onnxc.core.PASSES`."""
 
+from passes.absorb_offsets import AbsorbOffsets
 from passes.cluster import Cluster
 from passes.cluster_vectors import ClusterVectors
 from passes.correct_bias import CorrectBias
@@ -13,7 +14,10 @@ from passes.fold_norm import FoldNorm
 from passes.merge_bias import MergeBias
 from passes.prune import Prune
 from passes.quantize import Quantize
+from passes.quantize_constants import QuantizeConstants
 from passes.quantize_dynamic import QuantizeDynamic
+from passes.quantize_layers import QuantizeLayers
+from passes.quantize_levels import QuantizeLevels
 from passes.quantize_weights import QuantizeWeights
 from passes.reconstruct import Reconstruct
 from passes.share_constants import ShareConstants
@@ -26,6 +30,7 @@ from passes.upgrade_opset import UpgradeOpset
 from passes.widen import Widen
 
 __all__ = [
+    "AbsorbOffsets",
     "Cluster",
     "ClusterVectors",
     "CorrectBias",
@@ -39,7 +44,10 @@ __all__ = [
     "MergeBias",
     "Prune",
     "Quantize",
+    "QuantizeConstants",
     "QuantizeDynamic",
+    "QuantizeLayers",
+    "QuantizeLevels",
     "QuantizeWeights",
     "Reconstruct",
     "ShareConstants",

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,19 +32,18 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxc.biases import bias_of
-from onnxc.core import Change, Context, Goal, Key, Pass, Skip, register
+from onnxc.core import Change, Context, Key, Pass, Skip, register
 from onnxc.errors import OptionError
-from onnxc.goals import goal_of, has_bias, key_of, why_no_goal
+from onnxc.fitted import FitLayer, Made, layer_goal
+from onnxc.goals import goal_of, why_no_goal
 from onnxc.graph import values
-from onnxc.matrices import Layer, LeaveOut, error, layers, outside, place, shift_biases
+from onnxc.matrices import Layer, LeaveOut, layers, outside
 from onnxc.numerics import codebook, gain
-from onnxc.numerics.aim import Aim
 from onnxc.numerics.codebook import PINNED, Codebook, snap
 from onnxc.numerics.kmeans import Init, Points
 from onnxc.numerics.sharing import METHODS, Method, Wish, bit_price, share
 from onnxc.numerics.sparse import Quadratic
-from onnxc.refits import RefitNode, set_bias
+from onnxc.refits import RefitNode
 
 Array = NDArray[Any]
 
@@ -107,7 +107,7 @@ class Cluster:
         is_moved, kept = False, context.only.excluded(graph)
         for node in list(graph.nodes):
             mine = [layer for layer in found if layer.nodes[0] is node]
-            yield from (ClusterLayer(self, x, self.goal(x, graph, context)) for x in mine)
+            yield from (self._step(layer, graph, context) for layer in mine)
             if any(not self.obstacle(layer) for layer in mine):
                 is_moved = True
             elif mine and is_moved and self._may_refit(node, kept, context):
@@ -116,13 +116,11 @@ class Cluster:
     def _may_refit(self, node: gs.Node, kept: Collection[str], context: Context) -> bool:
         return self.reconstruct and node.name not in kept and not why_no_goal(node, context)
 
-    def goal(self, layer: Layer, graph: gs.Graph, context: Context) -> Goal | None:
-        """What a layer ought to give, where that is known."""
-        first, *others = layer.nodes
-        is_fit = self.reconstruct and self.refine and layer.is_linear and not others
-        if not is_fit or why_no_goal(first, context):
-            return None
-        return goal_of(first, graph, context)
+    def _step(self, layer: Layer, graph: gs.Graph, context: Context) -> Pass:
+        is_fit = self.reconstruct and self.refine
+        goal = layer_goal(layer, graph, context) if is_fit else None
+        made = partial(self._made, layer, context.seed)
+        return FitLayer(layer, goal, self.obstacle(layer), made, "clustered", ("shared", "refit"))
 
     def obstacle(self, layer: Layer) -> str:
         """Why a weight stays as it is; empty if it need not."""
@@ -134,9 +132,21 @@ class Cluster:
         count = len(np.unique(values(layer.weight)))
         return f"it has {count} values already" if count <= 2**self.bits else ""
 
-    def shared(self, W: Array, E: Quadratic, layer: Layer, seed: int) -> tuple[Codebook, Array]:
-        """The codebook of a weight, (groups, outputs, d), and the gains of outputs in front."""
+    def _made(self, layer: Layer, seed: int, W: Array, E: Quadratic) -> Made:
+        """The weight on a codebook, with gains of outputs in front where they are worth it."""
         has_zeros = layer.zeros >= PINNED * layer.size
+        W = np.where(layer.matrix == 0, 0, W) if has_zeros else W
+        book, gains = self.shared(W, E, layer, has_zeros, seed)
+        has_gains = bool((gains != 1).any())
+        what = f"{len(book.levels)} values" + (" with gains" if has_gains else "")
+        if self.method == "ecsq":
+            what += f" in {book.entropy:.2f} bits a code"
+        return Made(gains * book.weight, what, (book.weight, gains) if has_gains else None)
+
+    def shared(
+        self, W: Array, E: Quadratic, layer: Layer, has_zeros: bool, seed: int
+    ) -> tuple[Codebook, Array]:
+        """The codebook of a weight, (groups, outputs, d), and the gains of outputs in front."""
 
         def solve(W: Array, start: Codebook | None) -> Codebook:
             return self._book(W, E, has_zeros, seed, start)
@@ -177,59 +187,3 @@ class Cluster:
             starts = [min(starts, key=lambda book: E.error(W - book.weight))]
         found = [codebook.fit(W, E, each, price, move) for each in starts]
         return min(found, key=lambda book: codebook.cost(W, E, book, price))
-
-
-@dataclass(frozen=True)
-class ClusterLayer:
-    """Cluster one weight, as a whole pass wants it. goal: what its layer ought to give, or None."""
-
-    whole: Cluster
-    layer: Layer
-    goal: Goal | None
-    name: ClassVar[str] = "cluster-layer"
-    lossless: ClassVar[bool] = False
-
-    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        if self.whole.obstacle(self.layer):
-            return ()
-        return self.layer.keys if self.goal is None else (key_of(self.layer.nodes[0], self.goal),)
-
-    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
-        reason = self.whole.obstacle(self.layer)
-        if reason:
-            return [Skip(node.name, f"not clustered: {reason}") for node in self.layer.nodes]
-        found = self.goal and context.stats.get(key_of(self.layer.nodes[0], self.goal))
-        return list(self._aimed(graph, found, context) if found else self._alone(graph, context))
-
-    def _aimed(self, graph: gs.Graph, found: Any, context: Context) -> Iterator[Change]:
-        """To the goal."""
-        layer, node = self.layer, self.layer.nodes[0]
-        W, is_biased = layer.matrix, has_bias(node)
-        aim = Aim.of(found.folds, W, bias_of(node).reshape(W.shape[:2]), is_biased)
-        goal = np.where(W == 0, 0, aim.W) if layer.zeros >= PINNED * layer.size else aim.W
-        book, gains = self.whole.shared(goal, aim.E, layer, context.seed)
-        told = f", {100 * aim.error(gains * book.weight):.2g} % of its output lost"
-        yield from self._place(graph, book, gains, told)
-        if is_biased:
-            bias = aim.bias(gains * book.weight).reshape(-1)
-            set_bias(graph, node, bias.astype(layer.weight.dtype))
-
-    def _alone(self, graph: gs.Graph, context: Context) -> Iterator[Change]:
-        """To itself."""
-        layer = self.layer
-        W, E = layer.matrix, error(layer, context)
-        book, gains = self.whole.shared(W, E, layer, context.seed)
-        made = gains * book.weight
-        told = f", {100 * E.error(W - made) / max(E.error(W), 1e-300):.2g} % of its output lost"
-        if not E.blocks:
-            told += f" if inputs are alike: {layer.unmeasured or 'nothing is known of them'}"
-        yield from self._place(graph, book, gains, told)
-        shift_biases(graph, layer, W - made, context, "shared")
-
-    def _place(self, graph: gs.Graph, book: Codebook, gains: Array, told: str) -> Iterator[Change]:
-        has_gains = bool((gains != 1).any())
-        what = f"{len(book.levels)} values" + (" with gains" if has_gains else "") + told
-        if self.whole.method == "ecsq":
-            what += f", {book.entropy:.2f} bits a code"
-        given = self.layer.gain(gains) if has_gains else None
-        yield from place(graph, self.layer, book.weight, "shared", what, given)

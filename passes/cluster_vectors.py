@@ -23,7 +23,8 @@ of can't be told from the sum, so nothing may change the weight after this.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,21 +32,18 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxc.biases import bias_of, has_place, shift_bias
 from onnxc.codebooks import least_opset
 from onnxc.codewords import Codewords, overhead
 from onnxc.core import Change, Context, Key, Pass, Skip, register
 from onnxc.errors import OptionError
-from onnxc.goals import goal_of, key_of, why_no_goal
+from onnxc.fitted import FitLayer, Made, layer_goal
 from onnxc.graph import nbytes
-from onnxc.matrices import Layer, LeaveOut, error, layers, outside, put
+from onnxc.matrices import Layer, LeaveOut, layers, outside
 from onnxc.numerics import vector_fit
-from onnxc.numerics.aim import Aim
 from onnxc.numerics.codebook import PINNED
 from onnxc.numerics.sparse import Quadratic
 from onnxc.numerics.subvectors import Vectors
 from onnxc.numerics.vector_fit import Bounds, Form
-from onnxc.ops import knowledge
 
 Array = NDArray[Any]
 VectorMethod = Literal["pq", "rq", "kernels", "filters"]
@@ -141,7 +139,9 @@ class ClusterVectors:
         sizes = [layer.size for layer in found if not self.obstacle(layer)]
         typical = sum(sizes) / max(len(sizes), 1)
         for layer in found:
-            yield ClusterLayer(self, layer, books, typical, context.seed)
+            goal = layer_goal(layer, graph, context) if self.reconstruct else None
+            cut, reason = Cut(self, layer, books, typical, context.seed), self.obstacle(layer)
+            yield FitLayer(layer, goal, reason, cut, "clustered", ("shared", "shared"), True)
 
     def obstacle(self, layer: Layer) -> str:
         """Why a weight stays as it is; empty if it need not."""
@@ -189,85 +189,17 @@ class ClusterVectors:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A weight on codewords. lost: E / E(0)."""
-
-    form: Form
-    found: Vectors
-    lost: float
-
-    @property
-    def told(self) -> str:
-        """What it is, in a few words."""
-        form = self.form
-        several = f" in each of {form.books} books" if form.books > 1 else ""
-        scales = ", rows scaled" if form.is_scaled else ""
-        cut = f"{form.count} codewords{several} of length {form.length}{scales}"
-        return f"{cut}, {100 * self.lost:.2g} % of its output lost"
-
-
-@dataclass(frozen=True)
-class ClusterLayer:
-    """Put one layer on codewords, as a whole pass wants it. typical: weights of a layer."""
+class Cut:
+    """Puts one layer on codewords, as a whole pass wants it. typical: weights of a layer."""
 
     whole: ClusterVectors
     layer: Layer
     books: Codewords
     typical: float
     seed: int
-    name: ClassVar[str] = "cluster-layer"
-    lossless: ClassVar[bool] = False
 
-    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
-        if self.whole.obstacle(self.layer):
-            return []
-        key = self._goal_key(graph, context)
-        return self.layer.keys if key is None else [key]
-
-    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
-        reason = self.whole.obstacle(self.layer)
-        if reason:
-            return self._skips(reason)
-        key = self._goal_key(graph, context)
-        sums = None if key is None else context.stats.get(key)
-        return self._to_itself(graph, context) if sums is None else self._to_goal(graph, sums)
-
-    def _goal_key(self, graph: gs.Graph, context: Context) -> Key | None:
-        """Of what the layer ought to give; None where that is not asked for or not known."""
-        node, *others = self.layer.nodes
-        row = knowledge(node)
-        is_plain = row.role == "weighted" and row.weight == self.layer.position
-        if not self.whole.reconstruct or others or not is_plain or why_no_goal(node, context):
-            return None
-        return key_of(node, goal_of(node, graph, context))
-
-    def _to_goal(self, graph: gs.Graph, sums: Any) -> list[Change | Skip]:
-        """Fitted to what the layer ought to give."""
-        node, W = self.layer.nodes[0], self.layer.matrix
-        b = bias_of(node).reshape(W.shape[:2])
-        aim = Aim.of(sums.folds, W, b, has_place(node))
-        made = self._made(aim.W, aim.E)
-        if made is None:
-            return self._skips(self._no_form)
-        before = nbytes(self.layer.weight)
-        if has_place(node):
-            shift_bias(graph, node, (aim.bias(made.found.weight) - b).reshape(-1), "shared")
-        return [Change(node.name, made.told, before, self._write(graph, made))]
-
-    def _to_itself(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
-        """Fitted to what the layer gives by itself."""
-        layer, E = self.layer, error(self.layer, context)
-        made = self._made(layer.matrix, E)
-        if made is None:
-            return self._skips(self._no_form)
-        told = made.told
-        if not E.blocks:
-            told += f" if inputs are alike: {layer.unmeasured or 'nothing is known of them'}"
-        first, *others = put(graph, layer, made.found.weight, context, "shared", told)
-        return [replace(first, after=self._write(graph, made)), *others]
-
-    def _made(self, W: Array, E: Quadratic) -> Made | None:
-        """The codewords of a weight; None where no form is within bounds."""
+    def __call__(self, W: Array, E: Quadratic) -> Made | str:
+        """The codewords of a weight; why there are none where no form is within bounds."""
         rows, d = W.shape[0] * W.shape[1], W.shape[2]
         opset, whole = self.books.opset, self.whole
         tried = [
@@ -276,28 +208,28 @@ class ClusterLayer:
             if all(C.shape[1] % form.length == 0 for C in E.blocks)
         ]
         if not tried:
-            return None
+            rate = f" in {whole.rate:g} bits a weight" if whole.rate else ""
+            size = nbytes(self.layer.weight)
+            return f"its weight of {size} bytes has no room for a codebook{rate}"
         form, begun = vector_fit.choose(W, E, tried, self._overhead, self.typical, self.seed)
         found = vector_fit.finish(W, E, begun, form.is_scaled)
-        return Made(form, found, E.error(W - found.weight) / max(E.error(W), 1e-300))
+        return Made(found.weight, _told(form), write=partial(self._write, form, found))
 
     def _overhead(self, form: Form) -> int:
         return overhead(form, self.layer.is_turned, self.books.opset)
 
-    def _write(self, graph: gs.Graph, made: Made) -> int:
+    def _write(self, form: Form, found: Vectors) -> int:
         """Put the nodes in place that make the weight; bytes stored."""
-        layer, form, found = self.layer, made.form, made.found
-        weight = layer.nodes[0].inputs[layer.position]
+        layer, weight = self.layer, self.layer.weight
         if not form.is_plain:
             return self.books.put(weight, found, form.bits, layer.is_turned)
         levels = (found.books[0, :, 0] * found.scale.flat[0]).astype(weight.dtype)
         codes = layer.shaped(found.codes[0]).astype(np.intp)
         return self.books.write(weight, levels, codes, form.bits)
 
-    def _skips(self, reason: str) -> list[Change | Skip]:
-        return [Skip(node.name, f"not clustered: {reason}") for node in self.layer.nodes]
 
-    @property
-    def _no_form(self) -> str:
-        rate = f" in {self.whole.rate:g} bits a weight" if self.whole.rate else ""
-        return f"its weight of {nbytes(self.layer.weight)} bytes has no room for a codebook{rate}"
+def _told(form: Form) -> str:
+    """What a weight is, in a few words."""
+    several = f" in each of {form.books} books" if form.books > 1 else ""
+    scales = ", rows scaled" if form.is_scaled else ""
+    return f"{form.count} codewords{several} of length {form.length}{scales}"

@@ -1,7 +1,8 @@
 """Cross-layer equalization: bring the channels of a tensor to one scale before they share a range.
 
 Channels whose values pass only through homogeneous operators (f(s x) = s f(x) for s > 0: Relu, Add,
-pooling, …) between the layers that make them and the layers that read them can be scaled freely:
+pooling, …) between the layers that make them and the layers that read them can be scaled freely
+(`onnxc.scalable`):
 
     W_p[c, :] <- W_p[c, :] / s_c,   b_p[c] <- b_p[c] / s_c     in every producer p
     W_r[:, c] <- W_r[:, c] · s_c                                in every reader r
@@ -21,12 +22,16 @@ Clip, with a factor of HEADROOM for the samples that reach higher than most, and
 
 so that channels are only scaled up, and one that reaches h stays as it is. The largest values of a
 few samples may be clipped; it is the one change that is not exact.
+
+Where products of matrices read a tensor, as in a transformer, s is that of SmoothQuant, with the
+share between activations and weights that loses least (`onnxc.numerics.smoothing`). There norms and
+the linear factor of gated layers make it, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,33 +39,16 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import captured, fresh, nbytes, store, values
-from onnxc.ops import bounds, groups, is_absorbed, is_constant, is_depthwise, knowledge, weight_of
+from onnxc.graph import fresh, nbytes, store, values
+from onnxc.integer import activation_grid, weight_grid
+from onnxc.moments import matrix, moments_key
+from onnxc.numerics.smoothing import Reader, smoothing
+from onnxc.ops import weight_of
+from onnxc.scalable import ChannelGroup, Place, channel_groups
 
 LIMIT = 64.0  # largest ratio of two channels' factors to their mean: a dead channel is no guide
+PEAK = 3.0  # of a channel, in standard deviations, where only that is known
 HEADROOM = 1.5  # of a channel's mean peak below the bound of a Clip
-
-
-@dataclass
-class ChannelGroup:
-    """Tensors whose channel c must be scaled together, who makes them, and who reads them."""
-
-    tensors: list[gs.Tensor] = field(default_factory=list)
-    producers: list[gs.Node] = field(default_factory=list)
-    readers: list[gs.Node] = field(default_factory=list)
-    clips: list[gs.Node] = field(default_factory=list)
-    obstacle: str = ""  # why the group cannot be scaled
-
-    @property
-    def keys(self) -> list[Key]:
-        """Peaks of all tensors; of those behind a Clip, where there is one."""
-        measured = [clip.outputs[0] for clip in self.clips] or self.tensors
-        return [Key(tensor.name, "peak", 1) for tensor in measured]
-
-    @property
-    def bound(self) -> float | None:
-        """The least value that a Clip of the group cuts off at; None without a Clip."""
-        return min((bounds(clip)[1] for clip in self.clips), default=None)
 
 
 @register
@@ -75,7 +63,7 @@ class Equalize:
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         for group in self._groups(graph, context):
             if not group.obstacle:
-                yield from group.keys
+                yield from (*group.keys, *_moments(group))
 
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         return [
@@ -88,124 +76,49 @@ class Equalize:
         return channel_groups(graph, context.only.names(graph))
 
 
-def channel_groups(graph: gs.Graph, allowed: frozenset[str]) -> list[ChannelGroup]:
-    """The groups of 4-D (batch, channel, …) float tensors between convolutions, in graph order."""
-    parent: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    for node in graph.nodes:
-        if _ties(node):
-            for tensor in _activations(node):
-                parent[find(tensor.name)] = find(node.outputs[0].name)
-    found: dict[str, ChannelGroup] = {}
-    seen: set[str] = set()
-    pinned = {name: f"a nested body reads {name}" for name in captured(graph)}
-    for port in (*graph.inputs, *graph.outputs):
-        pinned[port.name] = f"{port.name} is an input or output of the graph"
-    for node in graph.nodes:
-        for tensor in (*node.inputs, *node.outputs):
-            if is_constant(tensor) or not tensor.name or tensor.name in seen:
-                continue
-            seen.add(tensor.name)
-            _enter(found.setdefault(find(tensor.name), ChannelGroup()), tensor, pinned, allowed)
-    return [group for group in found.values() if any(map(_is_convolution, group.producers))]
-
-
-def _enter(
-    group: ChannelGroup, tensor: gs.Tensor, pinned: dict[str, str], allowed: frozenset[str]
-) -> None:
-    """Add a tensor with its producer and readers, or the obstacle that it is."""
-    group.tensors.append(tensor)
-    group.obstacle = group.obstacle or pinned.get(tensor.name, "")
-    if tensor.dtype != np.float32 or tensor.shape is None or len(tensor.shape) < 3:
-        group.obstacle = group.obstacle or f"{tensor.name} is not a float tensor with channels"
-    elif not isinstance(tensor.shape[1], int):
-        group.obstacle = group.obstacle or f"the channels of {tensor.name} are not known"
-    for node in tensor.inputs:
-        if _ties(node):
-            group.clips += [node] if knowledge(node).bounds else []
-        else:
-            group.producers.append(node)
-            group.obstacle = group.obstacle or _cannot_produce(node, allowed)
-    for node in tensor.outputs:
-        if not _ties(node) and not any(node is r for r in group.readers):
-            group.readers.append(node)
-            group.obstacle = group.obstacle or _cannot_read(node, tensor, allowed)
-
-
-def _activations(node: gs.Node) -> Iterator[gs.Tensor]:
-    return (t for t in node.inputs if t.name and not is_constant(t))
-
-
-def _ties(node: gs.Node) -> bool:
-    """Whether a node hands the scale of each channel from its inputs to its output."""
-    row = knowledge(node)
-    if row.bounds:
-        return is_absorbed(node) and not any(map(is_constant, node.inputs[:1]))
-    if not row.homogeneous:
-        return False
-    tensors = [t for t in node.inputs if t.name]
-    shapes = [list(t.shape) if t.shape is not None else None for t in tensors]
-    same = all(s is not None and s == shapes[0] for s in shapes)
-    return not any(map(is_constant, tensors)) and (len(tensors) == 1 or same)
-
-
-def _is_convolution(node: gs.Node) -> bool:
-    """A constant weight (out, in, …) whose outputs are the channels at axis 1."""
-    row, weight = knowledge(node), weight_of(node)
-    if weight is None or row.role != "weighted" or row.y_axis != 1 or len(weight.shape) < 3:
-        return False
-    return row.out_axis is not None and row.out_axis(node) == 0
-
-
-def _cannot_produce(node: gs.Node, allowed: frozenset[str]) -> str:
-    if not _is_convolution(node):
-        return f"{node.name} ({node.op}) makes a part of it"
-    if node.name not in allowed:
-        return f"{node.name} is excluded"
-    return _shared(node)
-
-
-def _cannot_read(node: gs.Node, tensor: gs.Tensor, allowed: frozenset[str]) -> str:
-    if not _is_convolution(node) or node.inputs[0] is not tensor or tensor in node.inputs[1:]:
-        return f"{node.name} ({node.op}) reads it"
-    if node.name not in allowed:
-        return f"{node.name} is excluded"
-    if groups(node) > 1 and not is_depthwise(node):
-        return f"{node.name} is a grouped convolution"
-    return _shared(node)
-
-
-def _shared(node: gs.Node) -> str:
-    """Weights are replaced by new constants: only a bias that is no constant is in the way."""
-    has_bias = len(node.inputs) > 2 and bool(node.inputs[2].name)
-    is_free = not has_bias or is_constant(node.inputs[2])
-    return "" if is_free else f"the bias of {node.name} is computed"
+def _moments(group: ChannelGroup) -> list[Key]:
+    """Of what products read."""
+    found = [] if group.is_convolved else [moments_key(node) for node in group.readers]
+    return [key for key in found if key is not None]
 
 
 def _scale(graph: gs.Graph, group: ChannelGroup, context: Context) -> list[Change | Skip]:
-    first = next(n for n in group.producers if _is_convolution(n))
+    first = group.first
     if group.obstacle:
         return [Skip(first.name, f"channels not equalized: {group.obstacle}")]
     peaks = [context.stats[key].peak for key in group.keys if key in context.stats]
     if not peaks or not group.readers:
         return [Skip(first.name, "channels not equalized: nothing was measured on them")]
-    s = factors(np.max(peaks, axis=0), group.bound)
+    s = _factors(np.max(peaks, axis=0), group, context)
     if np.allclose(s, 1, atol=0.01):
         return [Skip(first.name, "channels not equalized: they already share one scale")]
-    for node in group.producers:
-        _multiply(graph, node, 1, 1 / s, axis=0)
-        _multiply(graph, node, 2, 1 / s, axis=0)
-    for node in group.readers:
-        _multiply(graph, node, 1, s, axis=0 if is_depthwise(node) else 1)
-    size = sum(nbytes(n.inputs[1]) for n in (*group.producers, *group.readers))
+    places = (group.divided, 1 / s), (group.multiplied, s)
+    for place, by in ((place, by) for some, by in places for place in some):
+        _multiply(graph, place, by)
+    size = sum(nbytes(p.node.inputs[p.position]) for some, _ in places for p in some)
     what = f"{len(s)} channels equalized, factors {s.min():.2g} to {s.max():.2g}"
     return [Change(first.name, what, size, size)]
+
+
+def _factors(peak: NDArray[Any], group: ChannelGroup, context: Context) -> NDArray[np.float64]:
+    """The s of a group from the peaks of its channels."""
+    if group.is_convolved:
+        return factors(peak, group.bound)
+    grids = activation_grid(context.target), weight_grid(context.target)
+    n, m = (grid.high - grid.low for grid in grids)
+    return smoothing(peak, _readers(group, peak, context), n, m)
+
+
+def _readers(group: ChannelGroup, peak: NDArray[Any], context: Context) -> Sequence[Reader]:
+    """Weights, with the power of what they multiply, or what peaks let guess of it."""
+    found = []
+    for node in group.readers:
+        weight, key = weight_of(node), moments_key(node)
+        assert weight is not None
+        stats = None if key is None else context.stats.get(key)
+        power = (peak / PEAK) ** 2 if stats is None else stats.diagonal[0]
+        found.append((matrix(node, values(weight))[0], power))
+    return found
 
 
 def factors(peak: NDArray[Any], bound: float | None = None) -> NDArray[np.float64]:
@@ -224,13 +137,9 @@ def factors(peak: NDArray[Any], bound: float | None = None) -> NDArray[np.float6
     return np.asarray(np.clip(s, 1 / LIMIT, LIMIT))
 
 
-def _multiply(
-    graph: gs.Graph, node: gs.Node, position: int, s: NDArray[np.float64], axis: int
-) -> None:
-    if position >= len(node.inputs) or not node.inputs[position].name:
-        return
-    old = node.inputs[position]
+def _multiply(graph: gs.Graph, place: Place, s: NDArray[np.float64]) -> None:
+    old = place.node.inputs[place.position]
     array = values(old)
-    shape = [-1 if i == axis else 1 for i in range(array.ndim)]
+    shape = [-1 if i == place.axis % array.ndim else 1 for i in range(array.ndim)]
     scaled = (array * s.reshape(shape)).astype(array.dtype)
-    node.inputs[position] = store(graph, fresh(graph, f"{old.name}_equalized"), scaled)
+    place.node.inputs[place.position] = store(graph, fresh(graph, f"{old.name}_equalized"), scaled)

@@ -11,8 +11,10 @@ A weight is converted as a constant, once, whoever reads it, also through a Tran
                   operators than MatMul and Gemm take the form `fold`
 
 A table that is only looked up keeps its int8 codes in memory in the last two forms: the rows that
-Gather picks are multiplied by their scales. Left alone: small weights, weights that something reads
-as data or that leave the model, and weights that a nested body shares with the graph around it.
+Gather picks are multiplied by their scales. Weights that lie on integers already, of so many bits
+or of 8, keep them: `quantize_layers` put them there. Left alone: small weights, weights that
+something reads as data or that leave the model, and weights that a nested body shares with the
+graph around it.
 """
 
 from __future__ import annotations
@@ -20,19 +22,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.errors import OptionError
 from onnxc.graph import nbytes, tidy, values, walk
-from onnxc.numerics.blocks import decibels, quantize_blocks
+from onnxc.numerics.blocks import Blocks, decibels, known_blocks, quantize_blocks
 from onnxc.ops import knowledge
 from onnxc.stored import Writing, source, why_no_source
 
 Names = frozenset[str]
+Array = NDArray[Any]
+
+WIDEST = 8  # bits, that few weights keep
 
 POSITIONS = dict.fromkeys(("LSTM", "GRU", "RNN"), (1, 2))  # of weights, where there are several
 PRODUCTS = ("MatMul", "Gemm")
@@ -182,7 +188,7 @@ class QuantizeWeights:
         is_lookup, is_product = self._is_lookup(weight), self._is_product(weight)
         block = 0 if is_lookup else self.block
         array = values(weight.tensor).reshape(weight.view)
-        blocks = quantize_blocks(array, self.bits, block)
+        blocks = _known(array, self.bits, block) or quantize_blocks(array, self.bits, block)
         readers = [use.turn or use.node for use in weight.uses]
         writing = Writing(graph, weight.uses[0].graph, weight.tensor, weight.summed, blocks)
         if is_product:
@@ -194,10 +200,16 @@ class QuantizeWeights:
         else:
             writing.fold(readers)
         grain = f"in blocks of {block}" if block else "per channel"
-        what = f"{weight.tensor.name} int{self.bits} {grain}, {decibels(array, blocks):.1f} dB"
+        what = f"{weight.tensor.name} int{blocks.bits} {grain}, {decibels(array, blocks):.1f} dB"
         first, *rest = weight.names
         yield Change(first, what, nbytes(weight.tensor), sum(map(nbytes, writing.stored)))
         yield from (Change(name, f"shares {weight.tensor.name} with {first}") for name in rest)
+
+
+def _known(weight: Array, bits: int, block: int) -> Blocks | None:
+    """What a weight was rounded to before, in as few of these bits as that takes."""
+    found = (known_blocks(weight, width, block) for width in sorted({bits, WIDEST}))
+    return next((blocks for blocks in found if blocks is not None), None)
 
 
 def _weights(graph: gs.Graph) -> list[Weight]:

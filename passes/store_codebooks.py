@@ -96,8 +96,18 @@ def _weights(graph: gs.Graph, allowed: frozenset[str], read: set[str]) -> Iterat
     outside = {id(tensor) for tensor in graph.outputs}
     for weight in found.values():
         is_inside = id(weight) not in outside and weight.name not in read
-        if is_inside and all(n.name in allowed and _is_weight(n, weight) for n in weight.outputs):
+        if is_inside and all(
+            _is_allowed(n, allowed) and _is_weight(n, weight) for n in weight.outputs
+        ):
             yield weight
+
+
+def _is_allowed(node: gs.Node, allowed: frozenset[str]) -> bool:
+    """Whether a node may be touched, or is one that was made for such nodes to read."""
+    is_made = node.op in QUANTIZERS or node.op == "Mul"
+    return node.name in allowed or (
+        is_made and all(_is_allowed(n, allowed) for n in node.outputs[0].outputs)
+    )
 
 
 def _is_weight(node: gs.Node, tensor: gs.Tensor) -> bool:

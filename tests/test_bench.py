@@ -76,6 +76,27 @@ def test_least_time_adds_rounds(log: list[tuple[str, float]]) -> None:
     assert len(many.samples) > 2
 
 
+def test_a_slow_model_has_fewer_rounds(log: list[tuple[str, float]]) -> None:
+    few = time_interleaved({"a": "A"}, FEED, repeats=1000, max_time=0.0)["a"]
+    assert len(few.samples) == bench.LEAST
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seconds", "over"),
+    [
+        (39, 3.0, False),
+        (40, 0.5, False),
+        (40, 3.0, True),
+        (9, 9.0, False),
+        (8, 90.0, False),
+        (9, 11.0, True),
+    ],
+)
+def test_timing_ends_by_rounds_and_by_time(rounds: int, seconds: float, over: bool) -> None:
+    length = bench.Length(repeats=40, min_time=1.0, max_time=10.0)
+    assert length.is_over(rounds, seconds) is over
+
+
 def test_percentiles_are_in_milliseconds() -> None:
     latency = Latency.of([0.001 * k for k in range(1, 12)])
     assert latency.p50 == pytest.approx(6.0, abs=1e-9)

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import normal
 
-from onnxc.numerics.blocks import decibels, dequantize_blocks, pack_columns, quantize_blocks
+from onnxc.numerics.blocks import (
+    decibels,
+    dequantize_blocks,
+    known_blocks,
+    pack_columns,
+    quantize_blocks,
+)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -89,3 +95,14 @@ def test_large_weights_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) 
         pieces = quantize_blocks(weight, 4, 16)
         np.testing.assert_array_equal(pieces.codes, expected.codes)
         np.testing.assert_allclose(pieces.scales, expected.scales, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(1, 70, 5), (6, 33, 1), (3, 32, 4)])
+def test_what_was_rounded_before_keeps_its_codes(bits: int, shape: tuple[int, int, int]) -> None:
+    weight = normal(*shape)
+    assert known_blocks(weight, bits, 16) is None
+    made = dequantize_blocks(quantize_blocks(weight, bits, 16))
+    found = known_blocks(made, bits, 16)
+    assert found is not None and found.bits == bits
+    np.testing.assert_array_equal(dequantize_blocks(found), made)

@@ -401,6 +401,7 @@ class Settings:
     limit: int | None = 9
     low: tuple[float, ...] = (1.0,)
     high: int | str | None = None
+    mixed: Literal["auto", 8, "float"] = "auto"
 
 
 def settings_from(*arguments: str) -> Settings:
@@ -422,13 +423,17 @@ def settings_from(*arguments: str) -> Settings:
         ("--limit none --low 0.5,2", Settings(limit=None, low=(0.5, 2.0))),
         ("--low 3 --high 3", Settings(low=(3.0,), high=3)),
         ("--high none", Settings(high="none")),
+        ("--mixed 8", Settings(mixed=8)),
+        ("--mixed float", Settings(mixed="float")),
     ],
 )
 def test_options_come_from_fields(arguments: str, expected: Settings) -> None:
     assert settings_from(*arguments.split()) == expected
 
 
-@pytest.mark.parametrize("arguments", ["--share x", "--word slow", "--bits 5", "--low a,b"])
+@pytest.mark.parametrize(
+    "arguments", ["--share x", "--word slow", "--bits 5", "--low a,b", "--mixed 7"]
+)
 def test_options_refuse_other_types(arguments: str) -> None:
     with pytest.raises(click.BadParameter):
         settings_from(*arguments.split())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxc.numerics.affine import Grid, dequantize, quantize
-from onnxc.numerics.lattice import lattice_scales
+from onnxc.numerics.lattice import block_scales, lattice_scales
 
 
 @given(st.integers(2, 8), st.integers(0, 10_000), st.sampled_from([63, 127]))
@@ -68,4 +68,41 @@ def test_a_plain_weight_costs_no_time() -> None:
     weight = np.random.default_rng(2).standard_normal((4096, 1024)).astype(np.float32)
     start = time.process_time()
     assert lattice_scales(weight, 0, 127) is None
+    assert time.process_time() - start < 0.5
+
+
+@given(st.integers(2, 8), st.integers(0, 10_000), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_scales_of_blocks_come_back(bits: int, seed: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    codes = rng.integers(low, high + 1, (40, size))
+    signs = rng.choice([-1, 1], 40)
+    scale = (signs * np.exp(rng.normal(-4, 2, 40))).astype(np.float32)
+    weight = codes.astype(np.float32) * scale[:, None]
+    found = block_scales(weight, low, high)
+    assert found is not None and found.dtype == np.float32
+    q = np.rint(weight / found[:, None])
+    assert q.min() >= low and q.max() <= high
+    np.testing.assert_allclose(q.astype(np.float32) * found[:, None], weight, rtol=2.0**-22)
+
+
+def test_blocks_that_lie_on_no_such_integers_have_no_scales() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-7, 8, (50, 32)).astype(np.float32)
+    assert block_scales(codes, -8, 7) is not None
+    for row, values in ((40, rng.standard_normal(32)), (0, rng.standard_normal(32))):
+        spoilt = codes.copy()
+        spoilt[row] = values
+        assert block_scales(spoilt, -8, 7) is None
+    codes[3, :3] = [8, -8, 1]  # one more on both sides
+    assert block_scales(codes, -8, 7) is None
+    assert block_scales(np.full((2, 4), 1e-41, np.float32), -8, 7) is None
+    np.testing.assert_array_equal(block_scales(np.zeros((2, 4)), -8, 7), [1, 1])
+
+
+def test_a_plain_weight_in_blocks_costs_no_time() -> None:
+    weight = np.random.default_rng(2).standard_normal((131072, 32)).astype(np.float32)
+    start = time.process_time()
+    assert block_scales(weight, -127, 127) is None
     assert time.process_time() - start < 0.5

@@ -31,7 +31,7 @@ def first(proto: onnx.ModelProto) -> Any:
 
 @pytest.mark.parametrize("op", OPS)
 def test_positions_are_those_of_the_schema(op: str) -> None:
-    row, schema = OPS[op], onnx.defs.get_schema(op, 21)
+    row, schema = OPS[op], onnx.defs.get_schema(op, 23)
     names = [port.name for port in schema.inputs]
     is_variadic = schema.inputs[-1].option == onnx.defs.OpSchema.FormalParameterOption.Variadic
     assert bool(row.data) != is_variadic or row.role == "opaque"
@@ -40,6 +40,10 @@ def test_positions_are_those_of_the_schema(op: str) -> None:
         assert names[row.weight] in ("W", "B", "data")
     if row.bias is not None:
         assert names[row.bias] in ("B", "C")
+    if row.gains:
+        assert [names[position].lower() for position in row.gains] == ["scale", "b"][
+            : len(row.gains)
+        ]
     if row.bounds:
         assert [names[position] for position in row.bounds] == ["min", "max"]
 

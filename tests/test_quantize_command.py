@@ -14,7 +14,7 @@ from calls import call, report_of
 
 import onnxc
 from calib.data import Preprocess
-from onnxc import api, request
+from onnxc import api, request, search
 from onnxc.cost import inspect
 from onnxc.errors import OptionError
 from onnxc.recipe import Recipe, loads
@@ -242,7 +242,7 @@ def test_steps_and_samples_are_told() -> None:
 def test_few_bits_run_in_integer_kernels_and_are_stored_small(capsys: Any) -> None:
     arguments = ("quantize", CNN, "--data", CNN_DATA, "--samples", 40, "--bits", 3)
     found = report_of(capsys, *arguments, "-o", "o.onnx")
-    assert (found["way"], found["output"]) == ("static", "o.onnx")
+    assert (found["way"], found["output"]) == ("static, rounded", "o.onnx")
     assert found["coverage"]["integer"] == found["coverage"]["total"] == 10
     assert found["after"]["bytes"] < found["before"]["bytes"] / 6
     assert found["comparison"]["agreement"] > 0.9
@@ -284,3 +284,33 @@ def test_few_bits_with_no_data_at_all(capsys: Any) -> None:
     found = report_of(capsys, "quantize", CNN, "--bits", 4, "-o", "o.onnx")
     assert found["coverage"]["integer"] == 10
     assert "synthesized" in found["headline"]
+
+
+def test_weights_are_rounded_for_their_outputs_where_all_else_falls_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings: dict[str, Any] = {"data": CNN_DATA, "samples": 40}
+    plain = onnxc.quantize(CNN, output="plain.onnx", **settings)
+    assert not any("rounded" in note for note in plain.notes)
+    assert plain.comparison is not None
+    monkeypatch.setattr(search, "FLOOR", plain.comparison.sqnr + 0.01)
+    rescued = onnxc.quantize(CNN, output="rescued.onnx", **settings)
+    assert any("static, rounded: " in note for note in rescued.notes)
+    assert rescued.comparison is not None
+    assert rescued.comparison.sqnr >= plain.comparison.sqnr
+
+
+def test_products_in_blocks_of_four_bits_are_rounded_by_their_outputs(capsys: Any) -> None:
+    arguments = ("quantize", TOKENS, "--data", TOKEN_DATA, "--samples", 40, "--bits", 4)
+    found = report_of(capsys, *arguments, "-o", "o.onnx")
+    nearest = report_of(capsys, *arguments, "--rounding", "nearest", "-o", "n.onnx")
+    assert {found["way"], nearest["way"]} <= {"weight-only", "MatMulNBits"}
+    assert found["comparison"]["sqnr"] > nearest["comparison"]["sqnr"] + 2
+    assert found["after"]["bytes"] < found["before"]["bytes"] / 4
+    names = [p.name for p in loads(found["recipe"]).passes]
+    assert names[-3:] == ["upgrade-opset", "quantize-layers", "quantize-weights"]
+
+
+def test_made_up_samples_round_no_layers(capsys: Any) -> None:
+    found = report_of(capsys, "quantize", TOKENS, "--bits", 4, "-o", "o.onnx")
+    assert "quantize-layers" not in found["recipe"]

@@ -14,6 +14,7 @@ from quantizing import dataset, decibels
 from texts import bind, normal
 
 from onnxc.core import Context, Pass
+from onnxc.ends import ends
 from onnxc.errors import OptionError
 from onnxc.graph import Model, load, opset, values
 from onnxc.numerics import fixed
@@ -27,7 +28,8 @@ from onnxc.targets import choose
 from passes.equalize import Equalize
 from passes.quantize import Quantize
 from passes.quantize_constants import QuantizeConstants
-from passes.quantize_layers import QuantizeLayers, ends
+from passes.quantize_layers import QuantizeLayers
+from passes.quantize_weights import QuantizeWeights
 from passes.store_codebooks import StoreCodebooks
 from passes.upgrade_opset import UpgradeOpset
 
@@ -276,3 +278,41 @@ def test_settings() -> None:
     assert not QuantizeSettings().is_rounded
     with pytest.raises(OptionError, match="not dynamic"):
         QuantizeSettings(bits=3, format="dynamic")
+
+
+@pytest.mark.parametrize("keep_ends", [True, False])
+def test_blocks_are_stored_as_they_were_rounded(keep_ends: bool) -> None:
+    layers = QuantizeLayers(keep_ends=keep_ends, block=16)
+    plain, _ = done([UpgradeOpset(21), layers])
+    store = QuantizeWeights(bits=4, block=16, smallest=0)
+    model, (_, step, stored) = done([UpgradeOpset(21), layers, store])
+    assert decibels(NET, model, X) == pytest.approx(decibels(NET, plain, X), abs=0.01)
+    assert len(step.changes) == len(stored.changes) == 4
+    assert all("200.0 dB" in change.what for change in stored.changes)  # nothing more is lost
+    widths = [change.what.split()[1] for change in stored.changes]
+    assert widths.count("int8") == (2 if keep_ends else 0)
+    nearest, _ = done([UpgradeOpset(21), store])
+    assert decibels(NET, model, X) > decibels(NET, nearest, X) + 2
+
+
+def test_blocks_that_have_few_bits_stay() -> None:
+    layers = QuantizeLayers(bits=3, block=32)
+    _, (_, again) = done([layers, layers])
+    assert {s.reason.split(": ")[1] for s in again.skips} == {
+        "it has 3 bits already",
+        "it has 8 bits already",
+    }
+
+
+def test_blocks_are_for_layers_whose_inputs_are_summed_in_a_row() -> None:
+    turned = bind(
+        """g (float[N,3,8,8] x, float[3,4,3,3] W) => (float[N,4,10,10] y) {
+            y = ConvTranspose (x, W) }""",
+        W=normal(3, 4, 3, 3),
+    )
+    _, (step,) = done([QuantizeLayers(block=16)], turned)
+    assert [s.reason for s in step.skips] == [
+        "not rounded: it is rounded where it is stored: its outputs overlap"
+    ]
+    with pytest.raises(OptionError, match="leave out scales = apart"):
+        QuantizeLayers(block=16, scales="apart")

@@ -14,6 +14,7 @@ from problems import problem
 
 from onnxc.numerics import coded
 from onnxc.numerics.affine import Grid
+from onnxc.numerics.blocks import dequantize_blocks, quantize_blocks
 from onnxc.numerics.coded import Coded, solved
 from onnxc.numerics.columns import forward, sweep, triangles, upright
 from onnxc.numerics.fixed import power_of_two
@@ -243,3 +244,17 @@ def test_each_output_takes_its_best_start() -> None:
     rows = [np.sum(E.times(W - c.weight) * (W - c.weight), axis=2) for c in tried]
     np.testing.assert_allclose(least, np.min(rows, axis=0), rtol=1e-12)
     np.testing.assert_allclose(R, E.times(W - best.weight), rtol=0, atol=1e-12)
+
+
+@given(st.integers(2, 4), st.integers(0, 1000), st.sampled_from([8, 16, 32]), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_no_weight_in_blocks_is_worse_than_nearest(
+    bits: int, seed: int, block: int, is_mirrored: bool
+) -> None:
+    W, E = problem(4, 40, seed=seed)
+    wish = Wish(Grid(bits), block, is_mirrored)
+    nearest, gptq, descent = (lost(W, E, wish, name) for name in ("nearest", "gptq", "descent"))
+    assert descent <= gptq * (1 + 1e-9)
+    assert gptq <= nearest * (1 + 1e-9)
+    plain = dequantize_blocks(quantize_blocks(W[0][..., None], bits, block))[..., 0]
+    assert descent < E.error(W - plain)

@@ -10,12 +10,14 @@ s takes the sign that sends the largest |w| to −2^(b−1), and the range may c
 r max|w| the one is taken that leaves the least squared error once s is the best for its codes,
 
     s = ⟨w, q⟩ / ⟨q, q⟩,   ‖w − s q‖² = ‖w‖² − ⟨w, q⟩² / ⟨q, q⟩.
+
+A weight whose blocks lie on such integers already keeps them (`onnxc.numerics.lattice`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxc.numerics.affine import TINY
+from onnxc.numerics.lattice import block_scales
 
 Array = NDArray[Any]
 
@@ -71,6 +74,22 @@ def quantize_blocks(weight: Array, bits: int, block: int = 0, reduced: bool = Fa
 
     reduced: 7 bits of 8, for kernels that saturate.
     """
+    width = bits - int(reduced)
+    choose = _widest if bits == 8 else _best
+    found = _blocks(weight, bits, block, lambda w: choose(w, width))
+    assert found is not None
+    return found
+
+
+def known_blocks(weight: Array, bits: int, block: int = 0) -> Blocks | None:
+    """Codes and scales of a weight that lies on integers of so many bits; None if it does not."""
+    return _blocks(weight, bits, block, lambda w: _known(w, bits))
+
+
+def _blocks(
+    weight: Array, bits: int, block: int, choose: Callable[[Array], Array | None]
+) -> Blocks | None:
+    """Blocks with the scales that are chosen for each; None as soon as there are none."""
     outer, length, inner = weight.shape
     size = min(block or length, length) or 1
     count = -(-length // size)
@@ -80,7 +99,9 @@ def quantize_blocks(weight: Array, bits: int, block: int = 0, reduced: bool = Fa
         w = np.asarray(weight[part[0], :, part[1]], np.float32)
         filled = np.pad(w, ((0, 0), (0, count * size - length), (0, 0)))
         w = filled.reshape(len(w), count, size, w.shape[2])
-        s = _widest(w, bits - int(reduced)) if bits == 8 else _best(w, bits)
+        s = choose(w)
+        if s is None:
+            return None
         scales[part[0], :, :, part[1]] = s
         codes[part[0], :, :, part[1]] = _codes(w, s, bits)
     return Blocks(codes, scales, length, bits)
@@ -137,7 +158,7 @@ def _widest(w: Array, bits: int) -> Array:
 
 def _best(w: Array, bits: int) -> Array:
     """Scales of least squared error among the clipped ranges."""
-    lowest = 2 ** (bits - 1)
+    lowest = -_lowest(bits)
     high, low = w.max(2, keepdims=True), w.min(2, keepdims=True)
     extreme = np.where(high > -low, high, low)
     best, gain = _nonzero(-extreme / lowest, extreme), np.full(extreme.shape, -1.0, np.float32)
@@ -152,6 +173,13 @@ def _best(w: Array, bits: int) -> Array:
     return _nonzero(best, best)
 
 
+def _known(w: Array, bits: int) -> Array | None:
+    """Scales of blocks that lie on the integers of their codes."""
+    turned = w.swapaxes(2, 3)
+    found = block_scales(turned.reshape(-1, w.shape[2]), _lowest(bits), 2 ** (bits - 1) - 1)
+    return None if found is None else found.reshape(*turned.shape[:3], 1).swapaxes(2, 3)
+
+
 def _nonzero(scale: Array, values: Array) -> Array:
     """Scales away from zero: 1 where all values are zero, never denormal."""
     least = np.where(np.abs(scale) < TINY, np.copysign(TINY, scale), scale)
@@ -159,5 +187,8 @@ def _nonzero(scale: Array, values: Array) -> Array:
 
 
 def _codes(w: Array, scale: Array, bits: int) -> Array:
-    low = -(2 ** (bits - 1)) if bits < 8 else -127
-    return np.asarray(np.clip(np.rint(w / scale), low, 2 ** (bits - 1) - 1), np.int8)
+    return np.asarray(np.clip(np.rint(w / scale), _lowest(bits), 2 ** (bits - 1) - 1), np.int8)
+
+
+def _lowest(bits: int) -> int:
+    return -(2 ** (bits - 1)) if bits < 8 else -127

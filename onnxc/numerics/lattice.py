@@ -7,6 +7,8 @@ channel, s = p / k for a whole k ≤ q_max; the least k that makes whole numbers
 taken, and of the float32 around p / k the one that gives each w exactly. The integers of all
 channels are then multiplied by one power of two as far as q_max goes, which changes no value:
 a bias at scale s_x s is the finer for it.
+
+Blocks of values that have a scale of their own are many, and are looked at together, k after k.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ Array = NDArray[Any]
 
 CLOSE = 2.0**-22  # of q, how far w / s may be from it: w and p are rounded to float32
 FIRST = 16  # weights of a channel that tell most channels that lie on no integers
+FEW = 16  # blocks that tell most weights that lie on no integers
 STEPS = (0, 1, -1, 2, -2)  # float32 numbers around p / k
 
 
@@ -49,6 +52,49 @@ def lattice_scales(weight: Array, axis: int | None, most: int) -> Array | None:
     if found.min() < TINY:
         return None
     return found if axis is not None else found[0].reshape(())
+
+
+def block_scales(rows: Array, low: int, high: int) -> Array | None:
+    """Scales, float32, (n,), of rows (n, d) with integers from low to high, −low ≥ high.
+
+    Negative where the longer side of the integers lies above 0. None where some row is no such
+    integers times any scale.
+    """
+    if len(rows) > FEW and block_scales(rows[:FEW], low, high) is None:
+        return None
+    rows = np.asarray(rows, np.float32)
+    top, bottom = rows.max(axis=1, initial=0), rows.min(axis=1, initial=0)
+    peaks = np.maximum(top, -bottom)
+    unit = np.where(peaks > 0, peaks, 1).astype(np.float64)
+    k = _multiples(rows / unit[:, None], -low)
+    is_longer = k > high
+    if k.min(initial=1) == 0 or (is_longer & (top == -bottom)).any():
+        return None
+    found = _exact_rows(rows, unit / k)
+    if found.min(initial=1) < TINY:
+        return None
+    return np.where(is_longer & (top > -bottom), -found, found)
+
+
+def _multiples(x: Array, most: int) -> Array:
+    """The least k of each row for which k x are integers, (n,); 0 where there is none."""
+    k, left = np.zeros(len(x), np.int64), np.arange(len(x))
+    for n in range(1, most + 1):
+        is_found = _is_whole(n * x[left]).all(axis=1)
+        k[left[is_found]] = n
+        left = left[~is_found]
+    return k
+
+
+def _exact_rows(rows: Array, scales: Array) -> Array:
+    """For each row the float32 nearest to its scale that gives each weight; else the nearest."""
+    nearest, q = scales.astype(np.float32), np.rint(rows / scales[:, None]).astype(np.float32)
+    found, is_left = nearest, np.ones(len(rows), bool)
+    for step in STEPS:
+        tried = nearest + np.float32(step) * np.spacing(nearest)
+        is_exact = is_left & (q * tried[:, None] == rows).all(axis=1)
+        found, is_left = np.where(is_exact, tried, found), is_left & ~is_exact
+    return found
 
 
 def _least_multiple(row: Array, peak: float, most: int) -> int:

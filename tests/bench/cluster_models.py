@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from real_models import NETWORKS, SHARED
-from sections import put_section, row
+from sections import judged, put_section, row
 
 import onnxc
 from onnxc import recipe
@@ -89,14 +89,7 @@ def measure(name: str, settings: dict[str, Any]) -> tuple[Report, Packed]:
 def _cells(found: Report, packed: Packed) -> Iterator[str]:
     comparison, before = found.comparison, found.before.bytes
     assert comparison is not None
-    if comparison.perplexity is not None:
-        yield "perplexity"
-        yield from (f"{value:.3f}" for value in comparison.perplexity)
-    else:
-        assert comparison.top1 is not None
-        yield "top-1"
-        yield from (f"{100 * value:.2f} %" for value in comparison.top1)
-    yield f"{100 * (comparison.agreement or 0):.1f} %"
+    yield from judged(comparison)
     yield f"{before / found.after.bytes:.1f}x"
     yield f"{before / packed.after:.1f}x"
 

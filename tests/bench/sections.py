@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+from onnxc.check import Comparison
 
 RESULTS = Path(__file__).resolve().parents[2] / "models" / "RESULTS.md"
 
@@ -20,3 +23,15 @@ def put_section(heading: str, text: str) -> None:
 def row(*cells: str) -> str:
     """A line of a table."""
     return f"| {' | '.join(cells)} |"
+
+
+def judged(found: Comparison) -> Iterator[str]:
+    """Cells: what judges, the float model, the result, and how often they agree."""
+    if found.perplexity is not None:
+        yield "perplexity"
+        yield from (f"{value:.3f}" for value in found.perplexity)
+    else:
+        assert found.top1 is not None
+        yield "top-1"
+        yield from (f"{100 * value:.2f} %" for value in found.top1)
+    yield f"{100 * (found.agreement or 0):.2f} %"
