@@ -24,7 +24,7 @@ from onnxc.integer import activation_grid, refused_nodes
 from onnxc.moments import channel_powers, moments_key
 from onnxc.numerics import fixed
 from onnxc.numerics.affine import TINY, Grid, parameters
-from onnxc.ops import is_absorbed, knowledge, weight_of
+from onnxc.ops import bounds, is_absorbed, knowledge, weight_of
 from onnxc.placement import Placement, behind_activation, place
 
 Ranges = Literal["minmax", "percentile", "entropy", "mse", "aciq", "hwgq", "output"]
@@ -239,10 +239,31 @@ class _Writer:
             replace_uses(dq, tensor)
             dq = tensor
         pair = self._nodes(name, source, dq)
+        if maker is not None and is_integer:
+            self._apart(tensor, maker)
         if maker is None:
             self.ahead += pair
         else:
             self.after.setdefault(maker.name, []).extend(pair)
+
+    def _apart(self, tensor: gs.Tensor, clamp: gs.Node) -> None:
+        """Another pair, of the same scale, in front of a clamp that its kernel cannot take in.
+
+        The range ends above the bound, where its scale is a power of two: the kernel then makes
+        integers, and limiting them comes to the same as limiting what they are rounded from.
+        """
+        scale, zero = self._scale(tensor.name)
+        top = float(scale) * (np.iinfo(zero.dtype).max - int(zero))
+        if not is_absorbed(clamp) or not bounds(clamp)[1] < top - float(scale) / 2:
+            return
+        made = clamp.inputs[0]
+        if not made.inputs or id(made.inputs[0]) not in self.integer:
+            return
+        self.placement.scale_of[made.name] = tensor.name
+        dq = gs.Variable(fresh(self.graph, f"{made.name}_dequantized"), np.float32, made.shape)
+        clamp.inputs[0] = dq
+        pair = self._nodes(made.name, made, dq)
+        self.after.setdefault(made.inputs[0].name, []).extend(pair)
 
     def _nodes(self, name: str, source: gs.Tensor, result: gs.Tensor) -> list[gs.Node]:
         """source -> Q -> DQ -> result."""

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from quantizing import dataset
+from quantizing import dataset, kernels
 from texts import bind, normal
 
 import onnxc
@@ -17,7 +17,7 @@ from calib.data import Preprocess, open_data
 from onnxc.compression import Plan, compress_model
 from onnxc.errors import ModelError
 from onnxc.fixed_graph import Trace, run_in_integers
-from onnxc.graph import Model, load, to_proto
+from onnxc.graph import Model, load, to_proto, values
 from onnxc.pipeline import Calibration
 from onnxc.quantization import QuantizeSettings
 from onnxc.request import input_specs
@@ -98,11 +98,35 @@ def test_pools_sums_and_moves_are_integers_and_shifts(bits: int, level: str) -> 
     assert all(width <= 32 for width in trace.widths.values()) and len(trace.widths) == 4
 
 
+def test_a_bound_that_is_no_end_of_a_format_is_kept_behind_the_kernel() -> None:
+    proto = bind(
+        """g (float[N,4,8,8] x, float[6,4,3,3] A, float[6] a, float[3,6,1,1] B)
+             => (float[N,3,6,6] y) {
+            c = Conv (x, A, a)
+            e = Clip (c, zero, six)
+            y = Conv (e, B) }""",
+        A=normal(6, 4, 3, 3),
+        a=normal(6),
+        B=normal(3, 6, 1, 1),
+        zero=np.float32(0),
+        six=np.float32(6),
+    )
+    feed = {"x": np.abs(normal(16, 4, 8, 8))}
+    model = quantized(proto, dataset(load(proto), feed), rounding="nearest")
+    trace = assert_equal(model, feed, 3)
+    assert kernels(model).count("QLinearConv") == 2
+    before, behind = (trace.integers[f"{name}_quantized"] for name in "ce")
+    scale = next(n for n in model.graph.nodes if n.outputs[0].name == "e_quantized").inputs[1]
+    high = round(6 / float(values(scale)))
+    np.testing.assert_array_equal(np.minimum(before, high), behind)
+    assert before.max() > high
+
+
 def test_digits_to_the_bit() -> None:
     path = MODELS / "digits_cnn.onnx"
-    data = open_data(str(MODELS / "digits_cnn_calib.npz"), input_specs(path), samples=24)
-    model = quantized(path, data, bits=4, ranges="minmax", rounding="gptq")
-    feed = next(iter(data.batches(4)))
+    data = open_data(str(MODELS / "digits_cnn_calib.npz"), input_specs(path), samples=12)
+    model = quantized(path, data, bits=4, ranges="minmax", rounding="nearest")
+    feed = next(iter(data.batches(2)))
     trace = assert_equal(model, feed, 10)
     (name, y), *_ = trace.outputs.items()
     found = by_runtime(model, trace, feed, "none")[name]
@@ -115,7 +139,7 @@ def test_a_real_network_to_the_bit(shared: Path, target: str) -> None:
     images = str(shared / "data" / "cifar10" / "calib")
     ready = Preprocess(preset="imagenet", resize="none")
     data = open_data(images, input_specs(path), ready, 24)
-    model = quantized(path, data, target)
+    model = quantized(path, data, target, rounding="nearest")
     trace = assert_equal(model, next(iter(data.batches(3))), 30)
     assert max(trace.widths.values()) <= 24  # where float32 is exact
     assert len(trace.widths) == 20 and "logits" in trace.outputs
