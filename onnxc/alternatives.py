@@ -9,6 +9,8 @@ the outputs of the model is measured once for each layer.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -17,7 +19,7 @@ import onnx_graphsurgeon as gs
 from threadpoolctl import threadpool_limits
 
 from onnxc.core import Change, Context, Key, Skip
-from onnxc.damage import WORST, Judge, affordable, outputs
+from onnxc.damage import SECONDS, WORST, Judge, affordable, outputs
 from onnxc.fitter import Fitter
 from onnxc.graph import Model, copy, is_spilling
 from onnxc.layers import Layer, find_layers
@@ -80,7 +82,7 @@ class Trial:
             found = [self._proposed(layer) for layer in self.free]
             if self.is_timed:
                 found = _timed(self.piece, found)
-            return [self._judged(options) for options in found]
+            return self._all_judged(found)
 
     def _proposed(self, layer: Layer) -> Options:
         """The structures for a layer, near some shares of its cost or as the rule has them."""
@@ -105,11 +107,24 @@ class Trial:
                 if ranks:
                     yield Choice(name, ranks)
 
-    def _judged(self, options: Options) -> Options:
-        """The same with damage: on the half that factors were not fitted to, at the outputs."""
-        if len(options.alternatives) < 2:
-            return options
-        train, held, judge = self._halves()
+    def _all_judged(self, found: Sequence[Options]) -> list[Options]:
+        """The same with damage, that of the largest layers first."""
+        several = [i for i, options in enumerate(found) if len(options.alternatives) > 1]
+        if not several:
+            return list(found)
+        scales, judged = Scales(self._halves()[2]), list(found)
+        for index in sorted(several, key=lambda i: -math.prod(found[i].layer.shape)):
+            judged[index] = self._judged(found[index], scales)
+        if scales.untold:
+            self.piece.calibration.notes.append(
+                f"{scales.untold} of {len(several)} layers were not tried in the model, which is "
+                "slow: their damage was taken to reach its outputs as that of the others does"
+            )
+        return judged
+
+    def _judged(self, options: Options, scales: Scales) -> Options:
+        """On the half that factors were not fitted to, at the outputs."""
+        train, held, _ = self._halves()
         layer, some = options.layer, options.alternatives[1:]
         self.piece.say(f"factorize: fitting {layer.name}")
         fitter, other = Fitter.of(layer, train), Fitter.of(layer, held)
@@ -118,7 +133,7 @@ class Trial:
             assert one.choice is not None
             made = fitter.fit(one.choice.method, one.choice.ranks)
             judged.append((replace(one, damage=other.error(made)), made))
-        scale = 1.0 if judge is None else _scale(judge, layer, fitter, judged)
+        scale = scales.of(layer, fitter, judged)
         found = (replace(one, damage=min(one.damage * scale, WORST)) for one, _ in judged)
         return replace(options, alternatives=(WHOLE, *found))
 
@@ -196,14 +211,34 @@ class Together:
         return [result for part in self.parts for result in part.apply(graph, context)]
 
 
-def _scale(
-    judge: Judge, layer: Layer, fitter: Fitter, judged: Sequence[tuple[Alternative, Factors]]
-) -> float:
-    """Damage at the outputs of the model for each unit of a layer's error, where it is middling."""
-    one, made = sorted(judged, key=lambda pair: pair[0].damage)[len(judged) // 2]
-    assert one.choice is not None
-    damage = judge.damage(Placed(layer.name, one.choice, made, fitter), {})
-    return damage / one.damage if one.damage > 0 else 1.0
+@dataclass
+class Scales:
+    """Damage at the outputs of the model for each unit of a layer's error.
+
+    After SECONDS it is no longer measured, but what it was for the others on average. known: what
+    was measured. untold: how often it was not.
+    """
+
+    judge: Judge | None
+    start: float = field(default_factory=time.perf_counter)
+    known: list[float] = field(default_factory=list)
+    untold: int = 0
+
+    def of(
+        self, layer: Layer, fitter: Fitter, judged: Sequence[tuple[Alternative, Factors]]
+    ) -> float:
+        """That of one layer, where its alternatives do middling damage."""
+        if self.judge is None:
+            return 1.0
+        if self.known and time.perf_counter() - self.start > SECONDS:
+            self.untold += 1
+            return math.exp(sum(map(math.log, self.known)) / len(self.known))
+        one, made = sorted(judged, key=lambda pair: pair[0].damage)[len(judged) // 2]
+        assert one.choice is not None
+        damage = self.judge.damage(Placed(layer.name, one.choice, made, fitter), {})
+        if damage > 0 and one.damage > 0:
+            self.known.append(damage / one.damage)
+        return damage / one.damage if one.damage > 0 else 1.0
 
 
 def sketched(

@@ -10,6 +10,7 @@ import pytest
 from calls import call, report_of
 
 import onnxc
+from onnxc import alternatives
 from onnxc.errors import OptionError
 from onnxc.factorization import FactorizeSettings, Plan
 from onnxc.recipe import loads
@@ -54,6 +55,15 @@ def test_what_is_not_faster_stays(capsys: Any) -> None:
     told = {skip["node"] for skip in found["skips"] if skip["reason"].startswith("stays whole")}
     assert {entry.split("=")[0] for entry in first.whole} == told
     assert len(told) + found["count"] == 13
+
+
+def test_of_a_slow_model_few_layers_are_tried_in_it(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alternatives, "SECONDS", 0.0)
+    found = report_of(capsys, *ARGUMENTS, "-o", "o.onnx", "--macs", 0.8, "--no-faster")
+    assert found["count"] and found["comparison"]["sqnr"] > 5
+    assert any("12 of 13 layers were not tried in the model" in note for note in found["notes"])
 
 
 def test_ranks_may_be_given(capsys: Any) -> None:
