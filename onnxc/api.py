@@ -26,7 +26,6 @@ from onnxc.fixed_graph import run_in_integers
 from onnxc.graph import load, save
 from onnxc.graph import size as model_size
 from onnxc.opening import openings
-from onnxc.packing import check_packing, pack, store, unpack
 from onnxc.pairs import excess
 from onnxc.paths import check_folder, existing
 from onnxc.quantization import QuantizeSettings
@@ -52,6 +51,7 @@ from onnxc.request import (
 )
 from onnxc.runtime import Runtime
 from onnxc.search import untimed
+from onnxc.storage.packing import check_packing, pack, store, unpack
 from onnxc.tasks import CLUSTER, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 from onnxc.vectors import write_vectors
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, WIDEST, least_opset
 from onnxc.core import Pass
 from onnxc.errors import OptionError
 from onnxc.numerics.sharing import Method
+from onnxc.storage.codebooks import NIBBLE, NIBBLE_OPSET, WIDEST, least_opset
 from onnxc.vector_plan import planned
 from onnxc.workpiece import Workpiece
 from passes.cluster import Cluster

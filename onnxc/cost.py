@@ -23,11 +23,11 @@ from onnxc.graph import Model, as_declared, constants, copy, load, nbytes, opset
 from onnxc.integer import refusal
 from onnxc.macs import MACS, macs
 from onnxc.ops import knowledge, weight_of
-from onnxc.package import is_package, plain
 from onnxc.runtime import Runtime
 from onnxc.shapes import infer
 from onnxc.stages import Source, staged
-from onnxc.stored import source, why_no_source
+from onnxc.storage.package import is_package, plain
+from onnxc.storage.stored import source, why_no_source
 from onnxc.targets import Target, choose
 
 Shape = Sequence[int | str | None] | None

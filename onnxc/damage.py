@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from calib.data import Dataset
 from calib.inputs import fixed_batch
+from onnxc.channels.criteria import View, rank
 from onnxc.core import Change, Context, Key, Pass, Skip
-from onnxc.criteria import View, rank
 from onnxc.errors import ModelError
 from onnxc.graph import copy, is_spilling, runnable
 from onnxc.matrices import layers, put

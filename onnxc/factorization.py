@@ -1,6 +1,6 @@
 """What `onnxc factorize` may be asked for, and the passes that do it.
 
-    alternatives of each layer (`onnxc.alternatives`) -> one of each under the budget ->
+    alternatives of each layer (`onnxc.lowrank.alternatives`) -> one of each under the budget ->
     time the whole -> factorize, reconstruct
 
 Ranks are chosen here and stand in the recipe, for times of nodes never repeat to the bit.
@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from onnxc.alternatives import MARGIN, SHARES, WHOLE, Alternative, Options, Trial, sketched
 from onnxc.bench import speedup, time_interleaved
 from onnxc.core import Pass
 from onnxc.cost import macs_by_node
 from onnxc.errors import OptionError
-from onnxc.layers import Layer, find_layers
+from onnxc.lowrank.alternatives import MARGIN, SHARES, WHOLE, Alternative, Options, Trial, sketched
+from onnxc.lowrank.layers import Layer, find_layers
 from onnxc.numerics.choices import choose
 from onnxc.profile import node_times
 from onnxc.workpiece import Workpiece

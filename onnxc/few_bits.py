@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from onnxc.bit_plan import WIDTHS, planned
-from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, least_opset
 from onnxc.core import Pass
 from onnxc.errors import OptionError
 from onnxc.ops import bounds, is_absorbed
 from onnxc.search import AUTO_RANGES, BLOCK, WIDE_OPSET, blocks_of_four, operators
+from onnxc.storage.codebooks import NIBBLE, NIBBLE_OPSET, least_opset
 from onnxc.workpiece import Workpiece
 from passes.absorb_offsets import AbsorbOffsets
 from passes.equalize import Equalize

@@ -47,7 +47,7 @@ from onnxc.edit import (
 from onnxc.envelope import Envelope
 from onnxc.errors import ModelError
 from onnxc.files import replacing
-from onnxc.package import plain
+from onnxc.storage.package import plain
 
 __all__ = [
     "Model",

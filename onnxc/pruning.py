@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxc.bench import speedup, time_interleaved
-from onnxc.budget import Budget, budget
-from onnxc.channels import find_channels
+from onnxc.channels.budget import Budget, budget
+from onnxc.channels.criteria import Name
+from onnxc.channels.groups import find_channels
 from onnxc.core import Pass
 from onnxc.cost import macs_by_node
-from onnxc.criteria import Name
 from onnxc.damage import Measured, measure
 from onnxc.errors import OptionError
 from onnxc.graph import copy

@@ -36,8 +36,8 @@ from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage
 from onnxc.core import Change, Skip
 from onnxc.opening import Opening
-from onnxc.package import Tally
 from onnxc.runtime import Runtime
+from onnxc.storage.package import Tally
 from onnxc.zeros import Zeros
 
 # Where a verdict turns red, whatever was asked for

@@ -24,13 +24,13 @@ from onnxc.cuts import BASE
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.fidelity import check_labels
 from onnxc.graph import OUTLINED, Model, bound, load
-from onnxc.package import plain
 from onnxc.paths import check_output, default_output, existing
 from onnxc.pipeline import Calibration
 from onnxc.recipe import Recipe
 from onnxc.runtime import LEVELS, Runtime, dtype_of, provider_name, run, session
 from onnxc.samples import OF_VALIDATION, Samples, choose_samples
 from onnxc.stages import open_stages
+from onnxc.storage.package import plain
 from onnxc.targets import choose as choose_target
 from onnxc.targets import misjudged
 from onnxc.tasks import Settings, Task

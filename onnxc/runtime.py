@@ -11,7 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxc.errors import ModelError, OptionError
-from onnxc.package import plain
+from onnxc.storage.package import plain
 
 LEVELS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,

@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxc.codebooks import OVERHEAD
-from onnxc.codewords import overhead
 from onnxc.damage import Judge, Placed, outputs
 from onnxc.graph import is_spilling
 from onnxc.matrices import Layer, error, layers
@@ -29,6 +27,8 @@ from onnxc.numerics.choices import choose
 from onnxc.numerics.sparse import Quadratic
 from onnxc.numerics.vector_fit import SHARED, Form, start
 from onnxc.pipeline import PREPARED, gather
+from onnxc.storage.codebooks import OVERHEAD
+from onnxc.storage.codewords import overhead
 from onnxc.workpiece import Workpiece
 from passes.cluster_vectors import ClusterVectors
 

@@ -22,10 +22,10 @@ from calib.data import Dataset
 from onnxc.cost import external_files
 from onnxc.errors import ModelError
 from onnxc.graph import Model
-from onnxc.package import plain
 from onnxc.pairs import Subject
 from onnxc.runtime import Runtime, run, session
 from onnxc.stages import open_stages
+from onnxc.storage.package import plain
 
 SETS = 10  # test_data_set folders written
 

@@ -16,8 +16,8 @@ With data, layers are taken one after the other: codewords approach what a layer
 original, on what it gets from the layers before it as they are by now (`onnxc.goals`), and its bias
 makes the mean right. With statistics alone they approach W x on the original's own x.
 
-The graph makes the weight of books and codes (`onnxc.codewords`). What a sum of codewords is made
-of can't be told from the sum, so nothing may change the weight after this.
+The graph makes the weight of books and codes (`onnxc.storage.codewords`). What a sum of codewords
+is made of can't be told from the sum, so nothing may change the weight after this.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxc.codebooks import least_opset
-from onnxc.codewords import Codewords, overhead
 from onnxc.core import Change, Context, Key, Pass, Skip, register
 from onnxc.errors import OptionError
 from onnxc.fitted import FitLayer, Made, layer_goal
@@ -44,6 +42,8 @@ from onnxc.numerics.codebook import PINNED
 from onnxc.numerics.sparse import Quadratic
 from onnxc.numerics.subvectors import Vectors
 from onnxc.numerics.vector_fit import Bounds, Form
+from onnxc.storage.codebooks import least_opset
+from onnxc.storage.codewords import Codewords, overhead
 
 Array = NDArray[Any]
 VectorMethod = Literal["pq", "rq", "kernels", "filters"]

@@ -4,8 +4,8 @@
 
 with Ŵ of one of the structures of `onnxc.numerics.lowrank_structures`. With data, layers are taken
 one after the other: factors approach what the layer gives in the original, on what it gets from the
-layers before it as they are by now (`onnxc.fitter`). With statistics alone they approach W x on the
-original's own x. What stands behind the node, an activation among it, stays as it is.
+layers before it as they are by now (`onnxc.lowrank.fitter`). With statistics alone they approach W
+x on the original's own x. What stands behind the node, an activation among it, stays as it is.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxc import factors
 from onnxc.biases import shift_bias
 from onnxc.core import Change, Context, Key, Pass, Skip, register
 from onnxc.errors import OptionError
-from onnxc.fitter import Fitter, goal_key
 from onnxc.graph import nbytes
-from onnxc.layers import Layer, find_layers
+from onnxc.lowrank import factors
+from onnxc.lowrank.fitter import Fitter, goal_key
+from onnxc.lowrank.layers import Layer, find_layers
 from onnxc.moments import moments_key
 from onnxc.numerics import lowrank
 from onnxc.numerics.lowrank import Factors

@@ -1,9 +1,9 @@
 """Take filters out: choose channels, set what reads them to zero, let the rest make up for it.
 
-Channels that go together form a group (`onnxc.channels`). A criterion (`onnxc.criteria`) puts those
-of a group in order. Then every weight W that reads a part of them is fitted to the outputs again,
-on the columns K that stay, with the second moments H about the mean of the rows it multiplies and
-a small ridge λ:
+Channels that go together form a group (`onnxc.channels.groups`). A criterion
+(`onnxc.channels.criteria`) puts those of a group in order. Then every weight W that reads a part of
+them is fitted to the outputs again, on the columns K that stay, with the second moments H about the
+mean of the rows it multiplies and a small ridge λ:
 
     Ŵ_K = argmin E‖(Ŵ − W)(x − mu)‖² + λ,      b <- b + (W − Ŵ) mu
 
@@ -21,14 +21,14 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.biases import shift_bias
-from onnxc.channels import Group, find_channels
+from onnxc.channels.criteria import Name, View, covariance, rank, wanted
+from onnxc.channels.groups import Group, find_channels
+from onnxc.channels.readers import Reader
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.criteria import Name, View, covariance, rank, wanted
 from onnxc.errors import OptionError
 from onnxc.graph import fresh, nbytes, store
 from onnxc.moments import mean_output
 from onnxc.numerics.refit import Moments, solve
-from onnxc.readers import Reader
 
 Array = NDArray[Any]
 

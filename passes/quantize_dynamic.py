@@ -28,7 +28,7 @@ from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.graph import constants, fresh, insert, nbytes, store, tidy, values, walk
 from onnxc.numerics.blocks import decibels, quantize_blocks
 from onnxc.ops import knowledge
-from onnxc.stored import source, why_no_source
+from onnxc.storage.stored import source, why_no_source
 
 Array = NDArray[Any]
 Names = frozenset[str]

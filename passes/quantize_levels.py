@@ -17,7 +17,7 @@ is I.
 Of one number for each output levels are integers times a scale. It stands `apart`, in a Mul that
 ONNX Runtime computes at load, or `inside` the weights, for kernels that compute in integers; the
 latter ternary weights have a = b. Of several numbers the graph makes the weight of numbers and
-codes (`onnxc.row_levels`).
+codes (`onnxc.storage.row_levels`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxc.codebooks import stored_bytes
 from onnxc.core import Change, Context, Key, Pass, Skip, register
 from onnxc.ends import ends
 from onnxc.errors import OptionError
@@ -45,7 +44,8 @@ from onnxc.numerics.codebook import PINNED
 from onnxc.numerics.discrete import SCHEMES, discrete
 from onnxc.numerics.rounding import Wish, rounded
 from onnxc.numerics.sparse import Quadratic
-from onnxc.row_levels import RowLevels, needed_opset, row_bytes
+from onnxc.storage.codebooks import stored_bytes
+from onnxc.storage.row_levels import RowLevels, needed_opset, row_bytes
 from onnxc.targets import Target
 
 Array = NDArray[Any]

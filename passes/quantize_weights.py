@@ -33,7 +33,7 @@ from onnxc.errors import OptionError
 from onnxc.graph import nbytes, tidy, values, walk
 from onnxc.numerics.blocks import Blocks, decibels, known_blocks, quantize_blocks
 from onnxc.ops import knowledge
-from onnxc.stored import Writing, source, why_no_source
+from onnxc.storage.stored import Writing, source, why_no_source
 
 Names = frozenset[str]
 Array = NDArray[Any]

@@ -16,10 +16,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxc.channels import Channels, Group, find_channels, survivors
+from onnxc.channels.groups import Channels, Group, find_channels, survivors
+from onnxc.channels.recut import cut
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.graph import values
-from onnxc.recut import cut
 
 
 @register

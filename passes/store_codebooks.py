@@ -2,8 +2,8 @@
 
     w = levels[code],   b = ⌈log₂ number of levels⌉ bits for a code
 
-The graph makes the weight of the two by operators that ONNX Runtime computes when it loads the
-file (`onnxc.codebooks`): the speed and the memory of the plain weight, a file of b bits a value.
+The graph makes the weight of the two by operators that ONNX Runtime computes when it loads the file
+(`onnxc.storage.codebooks`): the speed and the memory of the plain weight, a file of b bits a value.
 Works on float weights and on the integers in front of DequantizeLinear alike, so that what
 `cluster` shares is stored small whatever was done to it since. A weight stays where that saves
 nothing.
@@ -20,11 +20,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.codebooks import WIDEST, Books, least_opset, stored_bytes
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.graph import captured, nbytes, values
 from onnxc.numerics.packing import bits_for
 from onnxc.ops import QUANTIZERS, is_constant, knowledge
+from onnxc.storage.codebooks import WIDEST, Books, least_opset, stored_bytes
 
 Array = NDArray[Any]
 

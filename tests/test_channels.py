@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from test_pipeline import zoo_feed
 from texts import bind, context, normal, outputs, positive, reasons
 
-from onnxc.channels import Channels, find_channels
+from onnxc.channels.flows import FLOWS
+from onnxc.channels.groups import Channels, find_channels
+from onnxc.channels.recut import RECUTS
 from onnxc.errors import ModelError
-from onnxc.flows import FLOWS
 from onnxc.graph import Model, constant, copy, load, to_bytes, values
 from onnxc.pipeline import prepare
-from onnxc.recut import RECUTS
 from onnxc.runtime import Runtime, run, session
 from onnxc.shapes import infer
 from passes.shrink import Shrink

@@ -13,7 +13,6 @@ from quantizing import Feed, apply, decibels, kernels
 from test_clustering import LAYERS
 from texts import bind, changed, context, normal, ops, outputs, reasons
 
-from onnxc.codewords import Codewords, overhead
 from onnxc.core import Change
 from onnxc.errors import OptionError
 from onnxc.graph import Model, constant, load, nbytes, to_bytes, values
@@ -22,6 +21,7 @@ from onnxc.numerics.subvectors import Vectors
 from onnxc.numerics.vector_fit import Form
 from onnxc.ops import knowledge
 from onnxc.pipeline import prepare
+from onnxc.storage.codewords import Codewords, overhead
 from passes.cluster import Cluster
 from passes.cluster_vectors import ClusterVectors
 from passes.reconstruct import Reconstruct

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxc import coders
-from onnxc.coders import Coded, Head, numbers
 from onnxc.errors import ModelError, OptionError
 from onnxc.numerics import entropy
+from onnxc.storage import coders
+from onnxc.storage.coders import Coded, Head, numbers
 
 Bytes = NDArray[np.uint8]
 

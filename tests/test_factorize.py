@@ -17,7 +17,7 @@ from calib.observers import observer_of
 from onnxc.core import Change, Context, Skip
 from onnxc.errors import OptionError
 from onnxc.graph import Model, copy, load
-from onnxc.layers import Layer, find_layers
+from onnxc.lowrank.layers import Layer, find_layers
 from onnxc.pipeline import Calibration, apply_pass, compress
 from onnxc.shapes import infer
 from passes.factorize import Choice, Factorize

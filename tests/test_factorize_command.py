@@ -10,9 +10,9 @@ import pytest
 from calls import call, report_of
 
 import onnxc
-from onnxc import alternatives
 from onnxc.errors import OptionError
 from onnxc.factorization import FactorizeSettings, Plan
+from onnxc.lowrank import alternatives
 from onnxc.recipe import loads
 from passes.factorize import Factorize
 

@@ -16,11 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 from texts import bind, normal
 
 import onnxc
-from onnxc import package, pieces
-from onnxc.coders import numbers
 from onnxc.errors import ModelError, OptionError
 from onnxc.graph import load, to_bytes
 from onnxc.runtime import run, session
+from onnxc.storage import package, pieces
+from onnxc.storage.coders import numbers
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 NAMES = ["resnet20", "stories260k"]

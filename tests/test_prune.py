@@ -11,11 +11,11 @@ from texts import bind, changed, context, normal, outputs, reasons
 
 from calib.collect import collect
 from calib.data import Dataset, InputSpec, open_data
-from onnxc.budget import budget
-from onnxc.channels import find_channels
+from onnxc.channels.budget import budget
+from onnxc.channels.criteria import CRITERIA, View, rank
+from onnxc.channels.groups import find_channels
 from onnxc.core import Change, Context
 from onnxc.cost import inspect
-from onnxc.criteria import CRITERIA, View, rank
 from onnxc.damage import measure
 from onnxc.errors import OptionError
 from onnxc.graph import Model, load, values

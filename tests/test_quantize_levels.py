@@ -27,10 +27,10 @@ from onnxc.numerics.sparse import Quadratic
 from onnxc.pipeline import Calibration, Step, compress
 from onnxc.quantization import QuantizeSettings
 from onnxc.recipe import loads
-from onnxc.row_levels import RowLevels
 from onnxc.runtime import session
 from onnxc.selectors import Selector
 from onnxc.shapes import infer
+from onnxc.storage.row_levels import RowLevels
 from onnxc.targets import choose
 from passes.quantize import Quantize
 from passes.quantize_constants import QuantizeConstants

@@ -16,7 +16,7 @@ from calib.data import InputSpec, open_data
 from onnxc.core import Context
 from onnxc.errors import OptionError
 from onnxc.graph import Model, copy, load
-from onnxc.layers import find_layers
+from onnxc.lowrank.layers import find_layers
 from onnxc.numerics.lowrank import ranks
 from onnxc.pipeline import Calibration, apply_pass, compress
 from onnxc.shapes import infer

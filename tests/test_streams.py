@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxc import coders, streams
-from onnxc.coders import Coded, Head, numbers
 from onnxc.errors import ModelError
 from onnxc.numerics import entropy, symbols
-from onnxc.streams import Kind
+from onnxc.storage import coders, streams
+from onnxc.storage.coders import Coded, Head, numbers
+from onnxc.storage.streams import Kind
 
 Array = NDArray[Any]
 COUNT = 1 << 15

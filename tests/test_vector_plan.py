@@ -6,12 +6,12 @@ import numpy as np
 from quantizing import dataset
 from texts import bind, context, normal
 
-from onnxc.codebooks import OVERHEAD
-from onnxc.codewords import overhead
 from onnxc.graph import load
 from onnxc.numerics.vector_fit import Form
 from onnxc.pipeline import Calibration
 from onnxc.shapes import infer
+from onnxc.storage.codebooks import OVERHEAD
+from onnxc.storage.codewords import overhead
 from onnxc.vector_plan import planned
 from onnxc.workpiece import Workpiece
 from passes.cluster_vectors import ClusterVectors

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxc.channels.labels import Axes, Labels, Ties
 from onnxc.edit import values
-from onnxc.labels import Axes, Labels, Ties
 from onnxc.ops import is_constant
 
 Role = Literal["makes", "reads", "carries"]

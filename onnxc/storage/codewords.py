@@ -3,7 +3,7 @@
     weight = σ Σ_m c_m[unpack(codes_m)]
 
 in standard operators that ONNX Runtime computes when it loads the file. Codes are unpacked as those
-of single values are (`onnxc.codebooks`); Gather then takes rows of a book:
+of single values are (`onnxc.storage.codebooks`); Gather then takes rows of a book:
 
     Gather, Cast (and Add, of several books), Reshape, Mul by σ
 
@@ -23,11 +23,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.codebooks import NIBBLE, NIBBLE_OPSET, OVERHEAD, WIDEST, Books
 from onnxc.graph import nbytes
 from onnxc.numerics.packing import layout
 from onnxc.numerics.subvectors import Vectors
 from onnxc.numerics.vector_fit import Form
+from onnxc.storage.codebooks import NIBBLE, NIBBLE_OPSET, OVERHEAD, WIDEST, Books
 
 Array = NDArray[Any]
 

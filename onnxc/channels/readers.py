@@ -16,12 +16,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.channels import Group
+from onnxc.channels.groups import Group
+from onnxc.channels.visit import Slot
 from onnxc.core import Key
 from onnxc.edit import values
 from onnxc.moments import matrix, moments_key
 from onnxc.ops import groups, knowledge
-from onnxc.visit import Slot
 
 Array = NDArray[Any]
 

@@ -1,10 +1,10 @@
 """Coders of a stream of bytes: as they are, zstandard, Huffman, or rANS under told models.
 
-A coded stream is a head, which says how, and a payload. rANS (`onnxc.rans`) comes within 0.1 % of
-the entropy of its models (`onnxc.numerics.entropy`), one for all symbols or one for each channel.
-The smallest wins. zstandard at its highest level is slow, so a stream that is not small is judged
-first: what its lowest level makes of all of it, times what the highest one gains on a part. It runs
-in full where that is below the others.
+A coded stream is a head, which says how, and a payload. rANS (`onnxc.storage.rans`) comes within
+0.1 % of the entropy of its models (`onnxc.numerics.entropy`), one for all symbols or one for each
+channel. The smallest wins. zstandard at its highest level is slow, so a stream that is not small is
+judged first: what its lowest level makes of all of it, times what the highest one gains on a part.
+It runs in full where that is below the others.
 
 Heads are written in numbers of 7 bits a byte, the low ones first, as protobuf does.
 """
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxc import rans as ans
 from onnxc.errors import ModelError
 from onnxc.numerics import entropy
-from onnxc.rans import libraries
+from onnxc.storage import rans as ans
+from onnxc.storage.rans import libraries
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from onnxc.labels import Axes
-from onnxc.visit import Rule, Visit, merged, opaque
+from onnxc.channels.labels import Axes
+from onnxc.channels.visit import Rule, Visit, merged, opaque
 
 
 def same(visit: Visit) -> list[Axes]:

@@ -1,7 +1,7 @@
 """Put several layers in the place of one heavy node, which becomes the last of them.
 
     Conv            convolutions; each spatial axis is strided and padded where its kernel is wide
-    Gemm, MatMul    products; where rows of x are taken apart, see `onnxc.regrouped`
+    Gemm, MatMul    products; where rows of x are taken apart, see `onnxc.lowrank.regrouped`
     LSTM, GRU       a MatMul in front, for the weight of the input: W x = B (A x)
 
 The node keeps its name, and its output the tensor's, so that what comes behind does not change.
@@ -17,8 +17,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc import regrouped
 from onnxc.edit import fresh, insert, store, values
+from onnxc.lowrank import regrouped
 from onnxc.moments import matrix
 from onnxc.numerics.lowrank_structures import Stage
 from onnxc.ops import groups, knowledge, weight_of

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from onnxc import wire
 from onnxc.errors import ModelError
-from onnxc.streams import WIDTHS, Kind
+from onnxc.storage.streams import WIDTHS, Kind
 from onnxc.weights import is_inside, stored_bytes
 
 LEAST = 512  # bytes of data that are coded by themselves

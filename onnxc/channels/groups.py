@@ -1,4 +1,4 @@
-"""Channels that go together, in any graph: found by handing labels through it (`onnxc.flows`).
+"""Channels that go together, in any graph: found by handing labels through it.
 
 A class of labels that the graph can do without is a **channel**; channels that the same slices
 make, carry and read are a **group**, such as the stream of a residual stage or the heads of an
@@ -16,11 +16,11 @@ from functools import cached_property
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxc.channels.flows import FLOWS
+from onnxc.channels.labels import Axes, Labels, Ties
+from onnxc.channels.visit import Slot, Split, Visit, opaque
 from onnxc.edit import bodies, captured
-from onnxc.flows import FLOWS
-from onnxc.labels import Axes, Labels, Ties
 from onnxc.ops import knowledge
-from onnxc.visit import Slot, Split, Visit, opaque
 
 
 @dataclass(frozen=True)

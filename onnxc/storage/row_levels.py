@@ -3,9 +3,9 @@
     weight = levels[row, unpack(codes)],      levels = t Bᵀ
 
 in standard operators that ONNX Runtime computes when it loads the file. Codes are unpacked as those
-of a codebook are (`onnxc.codebooks`); Einsum makes levels of the numbers t of each row by the
-pattern B that all have in common (`onnxc.numerics.levels`), and GatherElements looks them up. Where
-B is the identity the numbers are the levels.
+of a codebook are (`onnxc.storage.codebooks`); Einsum makes levels of the numbers t of each row by
+the pattern B that all have in common (`onnxc.numerics.levels`), and GatherElements looks them up.
+Where B is the identity the numbers are the levels.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.codebooks import INT32, OVERHEAD, WIDEST, Books, least_opset
 from onnxc.graph import nbytes
 from onnxc.numerics.levels import Discrete
 from onnxc.numerics.packing import bits_for, layout
+from onnxc.storage.codebooks import INT32, OVERHEAD, WIDEST, Books, least_opset
 
 Array = NDArray[Any]
 

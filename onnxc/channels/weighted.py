@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxc.labels import Axes, Labels
+from onnxc.channels.labels import Axes, Labels
+from onnxc.channels.visit import Rule, Visit, merged, opaque
 from onnxc.ops import groups, is_constant
-from onnxc.visit import Rule, Visit, merged, opaque
 
 
 def conv(visit: Visit) -> list[Axes]:

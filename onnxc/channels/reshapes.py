@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxc.channels.labels import Axes, Labels, spread
+from onnxc.channels.visit import Dim, Visit, opaque
 from onnxc.edit import values
-from onnxc.labels import Axes, Labels, spread
 from onnxc.ops import is_constant
-from onnxc.visit import Dim, Visit, opaque
 
 
 def depth_to_space(visit: Visit) -> list[Axes]:

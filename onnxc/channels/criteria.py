@@ -18,7 +18,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.biases import has_place
-from onnxc.channels import Group
+from onnxc.channels.groups import Group
+from onnxc.channels.readers import Reader, readers
 from onnxc.core import Key
 from onnxc.edit import values
 from onnxc.moments import matrix, moments_key
@@ -26,7 +27,6 @@ from onnxc.numerics import criteria
 from onnxc.numerics.covariance import centred, shrunk
 from onnxc.numerics.saliency import Consumer, grouped, remove
 from onnxc.ops import knowledge
-from onnxc.readers import Reader, readers
 
 Array = NDArray[Any]
 Name = Literal["obs", "l1", "l2", "fpgm", "bn", "apoz", "activation", "thinet", "lasso", "random"]

@@ -6,9 +6,9 @@
     fields    bytes that hold packed indices of 1 to 6 bits: one symbol for each index
     zeros     a mask, and the elements that are not zero, in a form of their own
 
-A form is a head and a payload, as in `onnxc.coders`: the number of the form, what it needs to
-know, then its streams. Forms that are in question are coded, and the smallest is kept. zstandard's
-highest level on the bytes as they are is always in question.
+A form is a head and a payload, as in `onnxc.storage.coders`: the number of the form, what it needs
+to know, then its streams. Forms that are in question are coded, and the smallest is kept.
+zstandard's highest level on the bytes as they are is always in question.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxc import coders
-from onnxc.coders import Coded, Head, numbers
 from onnxc.errors import ModelError
 from onnxc.numerics import symbols
+from onnxc.storage import coders
+from onnxc.storage.coders import Coded, Head, numbers
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]

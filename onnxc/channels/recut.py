@@ -14,13 +14,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.channels import Channels, kept
+from onnxc.channels.groups import Channels, kept
+from onnxc.channels.labels import Axes, Labels, Ties
+from onnxc.channels.moves import sliced
+from onnxc.channels.reshapes import entries
+from onnxc.channels.visit import Visit
 from onnxc.edit import constant, fresh, insert, nbytes, opset, store, values
-from onnxc.labels import Axes, Labels, Ties
-from onnxc.moves import sliced
 from onnxc.ops import groups, is_constant
-from onnxc.reshapes import entries
-from onnxc.visit import Visit
 
 Array = NDArray[Any]
 

@@ -3,10 +3,10 @@
     magic · payloads of tensors · contents, by zstandard · end
 
 The end has a fixed length and tells where the contents lie. They list, for each file of the model,
-the pieces that are coded (`onnxc.streams`), and hold the rest of its bytes; so a file comes back
-byte for byte, whatever wrote it. Tensors that are coded alike share a payload. Payloads, tensors,
-contents and end have checksums (CRC-32), and no declared size is believed that is above 65,536
-times what stands for it. Numbers are of 7 bits a byte, those of the end little-endian.
+the pieces that are coded (`onnxc.storage.streams`), and hold the rest of its bytes; so a file comes
+back byte for byte, whatever wrote it. Tensors that are coded alike share a payload. Payloads,
+tensors, contents and end have checksums (CRC-32), and no declared size is believed that is above
+65,536 times what stands for it. Numbers are of 7 bits a byte, those of the end little-endian.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from onnxc import coders, pieces, streams
-from onnxc.coders import EXPANSION, Head, numbers
 from onnxc.errors import ModelError, OptionError
 from onnxc.files import replacing
-from onnxc.pieces import Member, Piece
-from onnxc.rans import libraries
+from onnxc.storage import coders, pieces, streams
+from onnxc.storage.coders import EXPANSION, Head, numbers
+from onnxc.storage.pieces import Member, Piece
+from onnxc.storage.rans import libraries
 from onnxc.weights import is_inside
 
 MAGIC = b"\x89ONNXZ\r\n"

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxc import factors
 from onnxc.core import Context
+from onnxc.lowrank import factors
 from onnxc.moments import why_no_moments
 from onnxc.numerics import lowrank
 from onnxc.numerics.lowrank_structures import STRUCTURES

@@ -24,10 +24,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc import factors
 from onnxc.biases import bias_of, has_place
 from onnxc.core import Context, Goal, Key
-from onnxc.layers import Layer
+from onnxc.lowrank import factors
+from onnxc.lowrank.layers import Layer
 from onnxc.moments import moments_key
 from onnxc.numerics import lowrank
 from onnxc.numerics.covariance import centred, shrunk

@@ -20,9 +20,9 @@ from threadpoolctl import threadpool_limits
 
 from onnxc.core import Change, Context, Key, Skip
 from onnxc.damage import SECONDS, WORST, Judge, affordable, outputs
-from onnxc.fitter import Fitter
 from onnxc.graph import Model, copy, is_spilling
-from onnxc.layers import Layer, find_layers
+from onnxc.lowrank.fitter import Fitter
+from onnxc.lowrank.layers import Layer, find_layers
 from onnxc.numerics import lowrank
 from onnxc.numerics.lowrank import Factors
 from onnxc.pipeline import few, gather

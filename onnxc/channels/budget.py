@@ -19,8 +19,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.channels import Channels, Group
-from onnxc.labels import Labels
+from onnxc.channels.groups import Channels, Group
+from onnxc.channels.labels import Labels
 
 Array = NDArray[Any]
 

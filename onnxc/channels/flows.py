@@ -16,8 +16,8 @@ an attention head, a group), or the same place in each row (**inner**: channel s
 
 from __future__ import annotations
 
-from onnxc import elementwise, moves, reshapes, weighted
-from onnxc.visit import Rule
+from onnxc.channels import elementwise, moves, reshapes, weighted
+from onnxc.channels.visit import Rule
 
 _UNARY = (
     *("Relu", "LeakyRelu", "Elu", "Celu", "Selu", "Sigmoid", "HardSigmoid", "HardSwish", "Mish"),

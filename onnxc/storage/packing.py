@@ -1,4 +1,4 @@
-"""Pack a model file and unpack it again: the checks around `onnxc.package`, and what to report."""
+"""Pack a model file and unpack it again: checks, and what to report."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from onnxc import package
 from onnxc.cost import external_files, file_bytes
 from onnxc.errors import ModelError, OptionError
 from onnxc.graph import Model, read, save
 from onnxc.paths import check_output, existing
-from onnxc.rans import libraries
 from onnxc.report import Packed
 from onnxc.request import ModelPath, Progress, counting, naming, silent
+from onnxc.storage import package
+from onnxc.storage.rans import libraries
 
 SUFFIX = ".onnxz"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxc.channels.labels import Axes, Labels, Ties
+from onnxc.channels.visit import Dim, Visit, merged, opaque
 from onnxc.edit import values
-from onnxc.labels import Axes, Labels, Ties
 from onnxc.ops import is_constant
-from onnxc.visit import Dim, Visit, merged, opaque
 
 
 def concat(visit: Visit) -> list[Axes]:

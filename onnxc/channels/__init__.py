@@ -1,0 +1,1 @@
+"""Channels that go together: followed through a graph, ranked, and cut out."""

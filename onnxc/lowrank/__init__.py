@@ -1,0 +1,1 @@
+"""Layers in thinner pieces: which there are, what they cost, and how they are fitted."""
