@@ -52,6 +52,14 @@ FEW: tuple[Case, ...] = (
     {"scheme": "binary", "bits": 4},
     {"scheme": "levels", "bits": 4},
 )
+DEEP: tuple[Case, ...] = (
+    {},
+    {"rounding": "descent"},
+    {"bits": 4},
+    {"bits": 3.5},
+    {"scheme": "fixed", "bits": 8},
+    {"scheme": "levels", "bits": 4},
+)
 WORDS: tuple[Case, ...] = (
     {},
     {"format": "qdq"},
@@ -62,7 +70,7 @@ WORDS: tuple[Case, ...] = (
 CASES = {
     "resnet20": (*WIDTHS, *SCHEMES),
     "squeezenet": FEW,
-    "mobilenetv2": FEW,
+    "mobilenetv2": DEEP,
     "stories260k": WORDS,
 }
 HEADINGS = ("options", "judged by", "float", "result", "agreement", "SQNR", "file", "speed")
