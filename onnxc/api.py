@@ -182,8 +182,8 @@ def _effect(tried: Attempt, name: str) -> Effect:
     meant = tried.meant(name)
     steps, done = tried.built[name][1], {change.node for change in meant}
     helping = tuple(c for step in steps for c in step.changes if c not in meant)
-    skips = (skip for step in steps for skip in step.skips if skip.node not in done)
-    return Effect(meant, helping, tuple(dict.fromkeys(skips)))
+    skips = (skip for skip in tried.skips(name, steps) if skip.node not in done)
+    return Effect(meant, helping, tuple(skips))
 
 
 def _report(job: Job, found: Compressed, missed: tuple[str, ...], is_written: bool) -> Report:

@@ -8,7 +8,7 @@ figures of the report are measured on it too, or on validation data where the us
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from calib.data import Dataset
@@ -119,20 +119,23 @@ class Attempt:
     built: Mapping[str, search.Built]
 
     def results(self, name: str) -> tuple[tuple[Change, ...], tuple[Skip, ...]]:
-        """All changes on one way, preparation included, and what was left alone.
-
-        Not what one pass left to another.
-        """
+        """All changes on one way, preparation included, and what was left alone."""
         steps = (*self.prepared, *self.built[name][1])
-        done = {change.node for change in self.meant(name)}
-        skips = [
+        return tuple(change for step in steps for change in step.changes), self.skips(name, steps)
+
+    def skips(self, name: str, steps: Iterable[Step]) -> tuple[Skip, ...]:
+        """What steps of a way left alone, not to another of those that do what was asked for.
+
+        First the reasons of these, then those of steps that help them.
+        """
+        done, is_meant = {change.node for change in self.meant(name)}, self.plan.is_meant
+        found = (
             skip
-            for step in steps
+            for step in sorted(steps, key=lambda step: not is_meant(step))
             for skip in step.skips
-            if not (self.plan.is_meant(step) and skip.node in done)
-        ]
-        changes = tuple(change for step in steps for change in step.changes)
-        return changes, tuple(dict.fromkeys(skips))
+            if not (is_meant(step) and skip.node in done)
+        )
+        return tuple(dict.fromkeys(found))
 
     def meant(self, name: str) -> tuple[Change, ...]:
         """The changes on one way that were asked for."""

@@ -280,7 +280,7 @@ def _left_float(
     if weights_alone:
         left = ((k.node, "only weights are stored in few bits") for k in coverage.left_float)
         return _grouped("run in float", left)
-    reasons = {skip.node: skip.reason for skip in skips}
+    reasons = {skip.node: skip.reason for skip in reversed(tuple(skips))}
     left = (
         (k.node, reasons.get(k.node, k.reason.removesuffix(", which is left in float")))
         for k in coverage.left_float

@@ -11,6 +11,7 @@ from texts import bind, changed, context, normal, outputs, reasons
 
 from calib.collect import collect
 from calib.data import Dataset, InputSpec, open_data
+from onnxc.bench import Length
 from onnxc.channels.budget import budget
 from onnxc.channels.criteria import CRITERIA, View, rank
 from onnxc.channels.groups import find_channels
@@ -228,6 +229,6 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], why: str) -> None
 
 def test_times_go_to_the_nodes_that_take_them() -> None:
     model = opened()
-    times = node_times(model, {"x": DATA["x"][:1]}, rounds=3)
+    times = node_times(model, {"x": DATA["x"][:1]}, length=Length(3))
     assert {"Conv_0", "Conv_2"} <= times.keys()
     assert all(milliseconds > 0 for milliseconds in times.values())

@@ -320,5 +320,5 @@ def test_made_up_samples_round_no_layers(capsys: Any) -> None:
 def test_products_of_rounded_weights_compute_in_integers(extra: Any, capsys: Any) -> None:
     arguments = ("quantize", TOKENS, "--data", TOKEN_DATA, "--samples", 20, "-o", "o.onnx")
     found = report_of(capsys, *arguments, *extra)
-    assert (found["way"], found["coverage"]["integer"]) == ("static", 13)
+    assert (found["way"], found["coverage"]["integer"]) == ("static, rounded", 13)
     assert ("equalize" in found["recipe"]) == ("--bits" not in extra)
