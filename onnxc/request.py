@@ -117,6 +117,7 @@ class Job:
     source: Any
     calibration: Calibration
     samples: Samples
+    runtime: Runtime = Runtime()
 
     @property
     def headline(self) -> str:
@@ -141,8 +142,9 @@ class Job:
             told += tuple(f"validation data: {note}" for note in validation.notes)
         if self.samples.left_out:
             told += (f"{self.samples.left_out} samples did not judge: the statistics saw them",)
-        if self.plan.task.aim.seeks == "integers" and misjudged(self.plan.target):
-            told += (misjudged(self.plan.target),)
+        is_exact = self.runtime.level == "none" or self.plan.task.aim.seeks != "integers"
+        doubt = "" if is_exact else misjudged(self.plan.target)
+        told += (doubt,) if doubt else ()
         return (self._counts(), *self.model.notes, *told)
 
     def _counts(self) -> str:
@@ -195,7 +197,7 @@ def checked(task: Task, request: Request) -> Job:
     calibration = Calibration(
         samples.kept, memory, threads=THREADS, known=known, client=request.client
     )
-    return Job(path, place, opened, plan, exact, source, calibration, samples)
+    return Job(*(path, place, opened, plan, exact, source, calibration, samples), request.runtime)
 
 
 def enough_memory(model: Path) -> int:

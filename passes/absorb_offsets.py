@@ -77,7 +77,11 @@ class Movable:
     @classmethod
     def of(cls, graph: gs.Graph, context: Context) -> Movable:
         pinned = {t.name for t in graph.outputs} | captured(graph)
-        return cls(graph, context.only.names(graph), frozenset(pinned))
+        found = cls(graph, context.only.names(graph), frozenset(pinned))
+        for node in reversed(graph.nodes):  # readers are known before what they read
+            for tensor in node.outputs:
+                found.through(tensor)
+        return found
 
     def makers(self) -> list[gs.Node]:
         """Layers whose outputs may be moved."""
@@ -88,7 +92,7 @@ class Movable:
         return is_free and self.through(node.outputs[0])
 
     def through(self, tensor: gs.Tensor) -> bool:
-        """Whether a tensor may be moved; nodes come in the order of the graph, so this ends."""
+        """Whether a tensor may be moved."""
         if tensor.name not in self.known:
             is_free = tensor.name not in self.pinned and bool(tensor.outputs)
             readers = tensor.outputs
@@ -98,7 +102,8 @@ class Movable:
     def _hands_on(self, node: gs.Node, tensor: gs.Tensor) -> bool:
         if _is_layer(node):
             is_read = node.inputs[0] is tensor and tensor not in node.inputs[1:]
-            return is_read and _is_unpadded(node) and node.name in self.allowed and has_place(node)
+            is_fit = is_read and _is_along_channels(node) and _is_unpadded(node)
+            return is_fit and node.name in self.allowed and has_place(node)
         if not knowledge(node).adds or any(map(is_constant, node.inputs)):
             return False
         shapes = [t.shape for t in (*data_inputs(node), *node.outputs)]
@@ -111,6 +116,12 @@ def _is_layer(node: gs.Node) -> bool:
     row, factors = knowledge(node), (node.attrs.get(key, 1.0) for key in ("alpha", "beta"))
     is_heavy = row.role == "weighted" and row.window is not None
     return is_heavy and set(factors) == {1.0} and not why_no_moments(node)
+
+
+def _is_along_channels(node: gs.Node) -> bool:
+    """Whether a layer multiplies the axis that others lay their channels along."""
+    row = knowledge(node)
+    return row.x_axis is not None and row.x_axis(node) == row.y_axis
 
 
 def _is_unpadded(node: gs.Node) -> bool:

@@ -6,9 +6,10 @@ import numpy as np
 import onnx
 import pytest
 from quantizing import Feed, apply, decibels
-from texts import bind, changed, normal, outputs, reasons
+from texts import bind, changed, context, normal, outputs, reasons
 
-from onnxc.graph import Model, to_proto
+from onnxc.graph import Model, load, to_proto
+from onnxc.shapes import infer
 from passes.absorb_offsets import AbsorbOffsets
 from passes.quantize import Quantize
 
@@ -85,6 +86,21 @@ def test_what_would_change_the_function_stays(name: str) -> None:
     model, step = apply(proto, AbsorbOffsets(), IMAGE)
     assert not step.changes
     np.testing.assert_array_equal(width(model, "c"), width(proto, "c"))
+
+
+def test_a_layer_that_reads_along_another_axis_is_in_the_way() -> None:
+    text = """g (float[1,6] x, float[6,6] W, float[6] B, float[1,4] V, float[4] F)
+            => (float[6,4] y) { c = Gemm (x, W, B) y = Gemm <transA = 1> (c, V, F) }"""
+    proto = bind(text, W=normal(6, 6), B=OFFSETS, V=normal(1, 4), F=normal(4))
+    assert not apply(proto, AbsorbOffsets(), {"x": normal(16, 1, 6)})[1].changes
+
+
+def test_long_sums_need_no_deep_stack() -> None:
+    sums = " ".join(f"s{i + 1} = Add (s{i}, c)" for i in range(1500))
+    proto = network(f"s0 = Add (c, c) {sums} y = Conv (s1500, V, F)")
+    model = load(proto)
+    infer(model, {"x": IMAGE["x"][0]})
+    assert [key.tensor for key in AbsorbOffsets().wants(model.graph, context(model))] == ["c"]
 
 
 def test_outputs_of_the_model_stay() -> None:

@@ -14,7 +14,7 @@ from calls import call, report_of
 
 import onnxc
 from calib.data import Preprocess
-from onnxc import api, request, search
+from onnxc import api, request, search, targets
 from onnxc.cost import inspect
 from onnxc.errors import OptionError
 from onnxc.recipe import Recipe, loads
@@ -322,3 +322,13 @@ def test_products_of_rounded_weights_compute_in_integers(extra: Any, capsys: Any
     found = report_of(capsys, *arguments, *extra)
     assert (found["way"], found["coverage"]["integer"]) == ("static, rounded", 13)
     assert ("equalize" in found["recipe"]) == ("--bits" not in extra)
+
+
+@pytest.mark.parametrize(("level", "is_told"), [("all", True), ("none", False)])
+def test_a_target_that_this_processor_cannot_judge_is_told(
+    level: str, is_told: bool, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "detect", lambda: "x86")
+    arguments = ("quantize", CNN, "--target", "x86-vnni", "--format", "weight-only")
+    found = report_of(capsys, *arguments, "--level", level, "-o", "o.onnx")
+    assert any("int8 sums saturate" in note for note in found["notes"]) is is_told
