@@ -73,6 +73,41 @@ class Aim:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A candidate as measured. bytes: of its file. drop: of the metric, with its interval.
+
+    speed: float latency over its own, None where it was not timed. is_met: whether it keeps the
+    bound. is_best: whether it is the result. on_front: whether no other one is better in one of
+    bytes, speed and drop, and as good in the others.
+    """
+
+    name: str
+    bytes: int
+    drop: float
+    low: float
+    high: float
+    speed: float | None = None
+    is_met: bool = False
+    is_best: bool = False
+    on_front: bool = False
+
+
+@dataclass(frozen=True)
+class Blame:
+    """A layer's share in the error of a result. tensor: its output, in the original.
+
+    sqnr: dB of that tensor in the result, all error before it included. own: dB where only this
+    layer is the result's and its inputs are the original's, None where that is not known.
+    """
+
+    node: str
+    op: str
+    tensor: str
+    sqnr: float
+    own: float | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """What a writing command did to a model, and the proof.
 
@@ -81,7 +116,8 @@ class Report:
     "made without data: the input is synthesized". speedup: None where neither could be timed.
     zeros: before and after, where the aim seeks them. done: the changes that were asked for, which
     are among `changes`. missed: bounds that the user asked for and
-    the result does not meet. recipe: TOML that replays it all.
+    the result does not meet. recipe: TOML that replays it all. points: candidates of a search.
+    blame: layers in the order of the graph.
     """
 
     model: str
@@ -103,6 +139,8 @@ class Report:
     missed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     recipe: str = ""
+    points: tuple[Point, ...] = ()
+    blame: tuple[Blame, ...] = ()
     memory_peak: int | None = None
     seconds: float | None = None
 
