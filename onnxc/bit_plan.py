@@ -42,17 +42,27 @@ def planned(
     quantize: QuantizeLayers, average: float, piece: Workpiece, start: Sequence[Pass] = ()
 ) -> QuantizeLayers:
     """The pass with the bits of all layers that share the average. start: what goes before it."""
+    key = ("bits of layers", quantize, tuple(start))
+    found = piece.once(key, lambda: _found(quantize, piece, start))
+    if not found:
+        return quantize
+    names, noise, sizes = zip(*found, strict=True)
+    widths = best(list(noise), list(sizes), np.array(WIDTHS, np.float64), average)
+    pairs = zip(names, widths, strict=True)
+    return replace(quantize, widths=tuple(f"{name}={bits}" for name, bits in pairs))
+
+
+def _found(
+    quantize: QuantizeLayers, piece: Workpiece, start: Sequence[Pass]
+) -> list[tuple[str, Array, float]]:
+    """Each layer whose bits are not settled: its name, g D at all WIDTHS, and its weights."""
     begun = _after(start, piece)
     state = None if piece.has_data else PREPARED
     stats = gather(begun.model, quantize, begun.context, piece.calibration, piece.say, state)
     plan = Plan(quantize, replace(begun, context=replace(begun.context, stats=stats)))
     free = plan.free()
-    if not free:
-        return quantize
-    noise, sizes = plan.noise(free), [float(layer.size) for layer in free]
-    found = best(noise, sizes, np.array(WIDTHS, np.float64), average)
-    pairs = zip(free, found, strict=True)
-    return replace(quantize, widths=tuple(f"{layer.name}={bits}" for layer, bits in pairs))
+    pairs = zip(free, plan.noise(free), strict=True)
+    return [(layer.name, noise, float(layer.size)) for layer, noise in pairs]
 
 
 def _after(start: Sequence[Pass], piece: Workpiece) -> Workpiece:

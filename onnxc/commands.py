@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
 from onnxc.report import Report
-from onnxc.tasks import CLUSTER, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
+from onnxc.tasks import CLUSTER, COMPRESS, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 
 ModelArgument = click.Path(path_type=Path)
 Render = Callable[[Any], RenderableType]
@@ -106,22 +106,32 @@ def bench(context: click.Context, /, **settings: Any) -> None:
     show(found, console.render_benchmark, settings["as_json"], settings["quiet"])
 
 
+VAL = click.option(
+    "--val", metavar="SOURCE", help="Samples that the result is judged by [default: --data]."
+)
+
+
 def writing(task: Task) -> options.Decorator[Any]:
     """The arguments and options of a writing command."""
     bound = click.option(
         "--max-drop", type=float, help="Points of top-1 (or agreement) that may be lost."
     )
-    val = click.option(
-        "--val", metavar="SOURCE", help="Samples that the result is judged by [default: --data]."
-    )
     return options.group_of(
-        *(click.argument("model", type=ModelArgument), options.output(), options.data(), val),
+        *(click.argument("model", type=ModelArgument), options.output(), options.data(), VAL),
         *(options.stats, options.target, options.from_fields(task.settings), options.nodes),
         *(options.max_memory, options.cluster, options.runtime, options.seed, bound),
         click.option("--strict", is_flag=True, help="Write nothing when a bound is missed."),
         click.option("--dry-run", is_flag=True, help="List the effect, write nothing."),
         *(options.recipes, options.shown, click.pass_context),
     )
+
+
+searching = options.group_of(
+    *(click.argument("model", type=ModelArgument), options.output(), options.data(), VAL),
+    *(options.search, options.from_fields(COMPRESS.settings), options.target, options.nodes),
+    *(options.max_memory, options.cluster, options.runtime, options.seed),
+    *(options.recipes, options.shown, click.pass_context),
+)
 
 
 @onnxc.command(
@@ -171,6 +181,28 @@ def cluster(context: click.Context, /, **settings: Any) -> int:
     return _write(CLUSTER, api.cluster, context, settings)
 
 
+@onnxc.command(
+    cls=Example,
+    example="onnxc compress model.onnx --data calib/ --max-drop 0.5 --minimize latency\n"
+    "  onnxc compress model.onnx --data calib/ --minimize size --max-time 1h -o model.onnxz\n"
+    "  onnxc compress model.onnx --data calib/ --recipe deep-compression -o model.onnxz",
+)
+@searching
+def compress(context: click.Context, /, **settings: Any) -> int:
+    """Search for the best of all methods under a bound on accuracy, and prove it.
+
+    The output holds the best model so far at any time.
+    """
+    request = _request(COMPRESS, context, settings)
+    bounds = _some(settings, "max_drop", "max_time", "resume")
+    with progress(settings) as say, options.cluster_of(context, settings["model"]) as client:
+        found = api.compress(settings["model"], **request, **bounds, progress=say, client=client)
+    show(found, console.render, settings["as_json"], settings["quiet"])
+    if settings["print_recipe"] and not settings["as_json"]:
+        click.echo(found.recipe)
+    return EXIT_MISSED if found.missed else 0
+
+
 def _write(
     task: Task, write: Callable[..., Report], context: click.Context, settings: dict[str, Any]
 ) -> int:
@@ -202,7 +234,8 @@ def _request(task: Task, context: click.Context, settings: dict[str, Any]) -> di
         "settings": options.build(context, task.settings),
         "runtime": options.runtime_of(context),
         "preprocess": options.preprocess_of(context),
-        **_some(settings, "data", "val", "stats", "output", "max_memory"),
+        **_some(settings, "data", "val", "output", "max_memory"),
+        "stats": settings.get("stats"),
         **override,
     }
 

@@ -41,7 +41,7 @@ Outputs = list[dict[str, Array]]
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of a group's channels, at which damage is measured
 MOST = 0.75  # of a group's channels that may go
-SECONDS, FEWEST = 300.0, 2  # of measuring; samples in each run, whatever that takes
+FEWEST = 2  # samples in each run, whatever that takes
 BATCH = 16  # samples in a run, where the model takes them
 WORST = 10.0  # damage beyond which it makes no difference
 
@@ -123,10 +123,10 @@ def measure(
 
 
 def affordable(piece: Workpiece, samples: Dataset, runs: int) -> Dataset:
-    """As many of the samples as can be run so often in SECONDS, but a few."""
+    """As many of the samples as can be run so often in the time there is, but a few."""
     start = time.perf_counter()
     outputs(piece, samples.subset([0]))
-    most = SECONDS / (max(runs, 1) * (time.perf_counter() - start))
+    most = piece.patience / (max(runs, 1) * (time.perf_counter() - start))
     count = min(len(samples), max(FEWEST, int(most)))
     return samples.subset([i * len(samples) // count for i in range(min(count, len(samples)))])
 

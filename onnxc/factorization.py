@@ -158,7 +158,8 @@ def _planned(settings: FactorizeSettings, piece: Workpiece) -> Factorize:
     if (is_plain and not settings.wants_speed) or not free:
         return given
     trial = Trial(piece, free, given, shares, unit, settings.wants_speed)
-    plan = Plan(settings, trial, trial.options())
+    key = ("alternatives", given, unit, settings.wants_speed)
+    plan = Plan(settings, trial, piece.once(key, trial.options))
     return plan.decided(plan.faster() if settings.wants_speed else plan.settled())
 
 

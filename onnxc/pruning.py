@@ -122,7 +122,9 @@ def _allocated(settings: PruneSettings, piece: Workpiece) -> Prune:
         return prune
     stats = gather(piece.model, prune, piece.context, piece.calibration, piece.say, state=PREPARED)
     multiple = piece.context.target.channels
-    found = measure(piece, prune, free, stats, multiple)
+    found = piece.once(
+        ("damage of channels", prune), lambda: measure(piece, prune, free, stats, multiple)
+    )
     costs = _budget(what, piece, free)
     if what != "latency":
         return replace(prune, remove=_counts(settings, found, costs, share))
