@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from onnxc.damage import felt, judge_of
 from onnxc.matrices import Layer, error, layers
-from onnxc.numerics.lattice import Grid
+from onnxc.numerics.affine import Grid
 from onnxc.numerics.rounding import Wish, rounded
 from onnxc.pipeline import PREPARED, gather
 from onnxc.workpiece import Workpiece
