@@ -17,6 +17,7 @@ from onnxc.anytime.journal import Found
 from onnxc.anytime.moves import Ladder, Move, Plan, Slot, ordered
 
 Search = Generator[Plan, Found, None]
+Steps = dict[Slot, tuple[Ladder, int]]
 
 LEAST_DROP = 0.02  # points: below, nothing tells drops apart
 CLOSER = 0.8  # of a drop: what is worth a step back at equal cost
@@ -83,30 +84,56 @@ class Descent:
             index = (low + high) // 2
 
     def exchanged(self, ladders: Sequence[Ladder]) -> Search:
-        """Neighbours of what is chosen, until none is better."""
+        """Steps back that cost nothing and steps further for steps back, until none is better."""
         is_new = True
         while is_new:
             is_new = False
-            for steps in self._neighbours(ladders):
-                near = {s: at for s, at in {**self.chosen, **steps}.items() if at[1] >= 0}
-                found = yield ordered({s: own.moves[i] for s, (own, i) in near.items()})
-                if self.rule.is_better(found, self.best):
-                    self.best, self.chosen, is_new = found, near, True
+            for swaps in (*self._relaxed(), *self._swapped(ladders)):
+                is_new = yield from self._first_met(swaps)
+                if is_new:
                     break
 
-    def _neighbours(self, ladders: Sequence[Ladder]) -> Iterator[dict[Slot, tuple[Ladder, int]]]:
-        """Steps back, then pairs of a step further and a step back."""
-        milder = {slot: (own, i - 1) for slot, (own, i) in self.chosen.items()}
-        yield from ({slot: step} for slot, step in milder.items() if step[1] >= 0)
-        for further in self._further(ladders):
-            (slot,) = further
-            yield from ({**further, back: milder[back]} for back in milder if back != slot)
+    def _first_met(self, swaps: Iterable[Steps]) -> Generator[Plan, Found, bool]:
+        """Of several swaps, the first that keeps the bound, if it is better."""
+        for steps in swaps:
+            near = {s: at for s, at in {**self.chosen, **steps}.items() if at[1] >= 0}
+            found = yield ordered({s: own.moves[i] for s, (own, i) in near.items()})
+            if self.rule.is_better(found, self.best):
+                self.best, self.chosen = found, near
+                return True
+            if found.meets(self.rule.bound):
+                return False
+        return False
 
-    def _further(self, ladders: Sequence[Ladder]) -> Iterator[dict[Slot, tuple[Ladder, int]]]:
+    def _relaxed(self) -> Iterator[list[Steps]]:
+        """A step back on each ladder."""
+        for slot, (own, index) in self.chosen.items():
+            if index > 0:
+                yield [{slot: (own, index - 1)}]
+
+    def _swapped(self, ladders: Sequence[Ladder]) -> Iterator[list[Steps]]:
+        """A step further on each ladder, for one, two, four … steps back on another, or on all."""
         for ladder in ladders:
             own, index = self.chosen.get(ladder.slot, (ladder, -1))
-            if own is ladder and index + 1 < len(ladder.moves):
-                yield {ladder.slot: (ladder, index + 1)}
+            if own is not ladder or index + 1 == len(ladder.moves):
+                continue
+            others = {s: at for s, at in self.chosen.items() if s != ladder.slot}
+            alone = [(slot,) for slot in others]
+            for slots in (*alone, tuple(others)) if len(others) > 1 else alone:
+                yield [
+                    {ladder.slot: (ladder, index + 1), **_back(others, slots, count)}
+                    for count in _counts(max(others[slot][1] for slot in slots))
+                ]
+
+
+def _back(others: Steps, slots: Iterable[Slot], count: int) -> Steps:
+    """So many steps back in some slots."""
+    return {slot: (others[slot][0], others[slot][1] - count) for slot in slots}
+
+
+def _counts(index: int) -> list[int]:
+    """1, 2, 4 … steps, as many as there are below an index."""
+    return [1 << k for k in range(index.bit_length() + 1) if 1 << k <= index + 1]
 
 
 def search(ladders: Sequence[Ladder], rule: Rule, original: Found) -> Search:

@@ -60,7 +60,7 @@ def win_chances(z: Array, sigma: Array) -> tuple[NDArray[np.intp], Floats]:
 
 def spreads(z: Array, out: Array) -> Floats:
     """σ of each sample: (N,), of scores (N, C) that became `out`."""
-    return np.asarray((out.astype(np.float64) - z).std(axis=1))
+    return np.asarray((out.astype(np.float64) - z).std(axis=1, ddof=1))
 
 
 def disagreement(z: Array, out: Array) -> Floats:
