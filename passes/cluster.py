@@ -59,7 +59,7 @@ class Cluster:
     hessian, ecsq and gmm start. refine: whether codes and values are then fitted to the outputs.
     reconstruct: whether outputs ought to be those of the original model, or those of the layer.
     gains: whether each output has a factor of its own; auto: where that does more than longer codes
-    would. price: of ecsq, what a bit of code length is worth, in bits of accuracy. prices: the same
+    would, and never for ecsq, whose codes of weak outputs are short anyway. price: of ecsq, what a bit of code length is worth, in bits of accuracy. prices: the same
     of some layers, as NODE=SHARE, in shares of the power of the layer's outputs. grid: values are
     any floats, or int8 times one scale. smallest: bytes below which a weight is left alone.
     """
@@ -186,7 +186,13 @@ class Cluster:
         return solve(W, None), np.ones((*W.shape[:2], 1))
 
     def _has_gains(self, W: Array, E: Quadratic, layer: Layer, zeros: bool, wish: Wish) -> bool:
-        if self.gains == "never" or self.grid == "int8" or layer.gain(gain.gains(W)) is None:
+        is_priced = METHODS[self.method].has_price and self.gains == "auto"
+        if (
+            is_priced
+            or self.gains == "never"
+            or self.grid == "int8"
+            or layer.gain(gain.gains(W)) is None
+        ):
             return False
         if self.gains == "always":
             return True
