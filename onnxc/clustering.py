@@ -36,19 +36,22 @@ class ClusterSettings:
 
     method: what finds the values that weights share; pq, rq, kernels and filters find vectors.
     format: the model computes in float, or in integers with codebooks of int8 values.
-    sqnr: dB that the outputs of the model are to keep, about; of ecsq, whose prices are then chosen
-    for each layer by what the outputs feel of it.
+    loss: what the outputs of the model may lose, about: nats of their classes, or the share of
+    noise in other outputs; of ecsq, whose prices are then chosen for each layer by what the outputs
+    feel of it.
     """
 
     cluster: Cluster = field(default_factory=Cluster)
     vectors: ClusterVectors = field(default_factory=ClusterVectors)
     method: Method | VectorMethod = "dp"
     format: Literal["float", "int8-codebook"] = "float"
-    sqnr: float | None = None
+    loss: float | None = None
 
     def __post_init__(self) -> None:
-        if self.sqnr is not None and self.method != "ecsq":
-            raise OptionError("--sqnr is for --method ecsq: add it, or leave --sqnr out")
+        if self.loss is not None and self.method != "ecsq":
+            raise OptionError("--loss is for --method ecsq: add it, or leave --loss out")
+        if self.loss is not None and self.loss <= 0:
+            raise OptionError(f"--loss is more than 0, not {self.loss:g}")
 
     @property
     def suffix(self) -> str:
@@ -63,8 +66,8 @@ def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass
     _refuse(settings.vectors, ONLY_VECTORS, settings.method)
     bits, is_float = settings.cluster.bits, settings.format == "float"
     cluster = settings.cluster if is_float else replace(settings.cluster, grid="int8")
-    if settings.sqnr is not None:
-        cluster = priced(cluster, settings.sqnr, piece)
+    if settings.loss is not None:
+        cluster = priced(cluster, settings.loss, piece)
     opset = NIBBLE_OPSET if bits == NIBBLE else max(map(least_opset, range(1, WIDEST + 1)))
     integers: tuple[Pass, ...] = () if is_float else (Quantize(per_tensor=True),)
     first: tuple[Pass, ...] = (UpgradeOpset(opset), cluster)

@@ -24,6 +24,7 @@ from calib.data import PRESETS, Preprocess
 from onnxc import typed
 from onnxc.calibration import KINDS, WHAT
 from onnxc.paths import existing
+from onnxc.recipe import shipped
 from onnxc.runtime import LEVELS, Runtime
 from onnxc.targets import TARGETS
 
@@ -325,8 +326,8 @@ recipes = group_of(
         "--recipe",
         type=click.Path(path_type=Path),
         metavar="FILE|NAME",
-        help="Replay a recipe, a TOML file or one of onnxc's own: deep-compression. Options given "
-        "beside it override it.",
+        help=f"Replay a recipe, a TOML file or one of onnxc's own: {', '.join(shipped())}. Options "
+        "given beside it override it.",
     ),
     click.option("--print-recipe", is_flag=True, help="Print the recipe that replays the result."),
 )
