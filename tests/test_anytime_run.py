@@ -32,7 +32,7 @@ class Killed(BaseException):
 
 @dataclass
 class Table:
-    """Candidates by the place of their moves on the ladders. patience: plans before it is killed."""
+    """Candidates by the place of their moves. patience: plans before it is killed."""
 
     original: bytes
     patience: int = 10**6

@@ -61,15 +61,16 @@ def test_the_smallest_file_under_a_bound(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "small.onnxz"
-    code = cli.run(_arguments(files, output, "--minimize", "size", "--max-drop", 2, "--json"))
+    options = ("--minimize", "size", "--max-drop", 2, "--max-time", "5s", "--json")
+    code = cli.run(_arguments(files, output, *options))
     report = json.loads(capsys.readouterr().out)
     assert code == (1 if report["missed"] else 0)
     assert package.is_package(output) and output.stat().st_size == report["after"]["bytes"]
-    assert report["before"]["bytes"] / report["after"]["bytes"] > 5
+    assert report["before"]["bytes"] / report["after"]["bytes"] > 4
     assert [p["is_best"] for p in report["points"]].count(True) == 1
     best = next(p for p in report["points"] if p["is_best"])
     assert best["is_met"] and best["high"] <= 2 and best["on_front"]
-    assert not output.with_name("small.onnxz.search").exists()  # all was tried
+    assert output.with_name("small.onnxz.search").exists()  # the time was over
     assert "60 samples, chosen on 30 held out of them, judged on 30 others of --data" in " ".join(
         report["notes"]
     )

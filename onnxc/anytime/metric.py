@@ -210,18 +210,19 @@ def estimated(
 
 
 def open_metric(name: str | None, original: Subject, samples: Dataset, runtime: Runtime) -> Metric:
-    """The metric that is asked for, or the one that suits the model: top1 with labels, agreement
-    with classes, perplexity of tokens, else sqnr.
+    """The metric that is asked for, or the one that suits the model; it was tried on two samples.
 
-    Raises OptionError for a name that is none, or that the model or the data do not have.
+    Raises OptionError or DataError where it does not go with the model or the data.
     """
+    metric = _chosen(name, original, samples, runtime)
+    estimated(metric, original, original, samples.subset(slice(0, 2)), runtime)
+    return metric
+
+
+def _chosen(name: str | None, original: Subject, samples: Dataset, runtime: Runtime) -> Metric:
+    """By default top1 with labels, agreement with classes, perplexity of tokens, else sqnr."""
     if name is not None and ":" in name:
         return Metric(name, score=Score(name))
-    if name is not None and name not in KNOWN:
-        raise OptionError(
-            f"--metric {name} is unknown: give {', '.join(KNOWN)} or MODULE:FUNCTION, which is "
-            "called with the outputs by name and the labels"
-        )
     found = _scores(original, samples, runtime)
     if found is None:
         if name in ("top1", "agreement", "perplexity"):
