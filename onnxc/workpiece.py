@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from calib.data import Dataset
 from onnxc.core import Context
 from onnxc.graph import Model
+from onnxc.layer_times import LayerTimes
 from onnxc.pipeline import Calibration, Progress
 from onnxc.runtime import Runtime
 
@@ -25,7 +26,8 @@ def silent(text: str) -> None:
 class Workpiece:
     """feed: one batch by input name. judge: samples that no statistic sees, to choose by.
 
-    patience: seconds that measuring before a choice may take. memo: what was measured.
+    patience: seconds that measuring before a choice may take. memo: what was measured. times: of
+    layers, where some are known.
     """
 
     model: Model
@@ -36,6 +38,7 @@ class Workpiece:
     say: Progress = silent
     judge: Dataset | None = None
     patience: float = PATIENCE
+    times: LayerTimes = field(default_factory=LayerTimes, repr=False, compare=False)
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -22,6 +22,7 @@ from onnxc.anytime.workshop import Workshop
 from onnxc.compression import Attempt, Compressed, begin, proven
 from onnxc.cost import file_bytes
 from onnxc.graph import Model, copy, to_bytes
+from onnxc.layer_times import kept
 from onnxc.pairs import Subject
 from onnxc.report import Point
 from onnxc.request import Job
@@ -54,7 +55,8 @@ def searched(
     metric = open_metric(settings.metric or None, subject, chooses, job.runtime)
     steps = ladders(settings.minimize, job.output)
     journal = begin_journal(job.output, _identity(job, original, settings, metric, bound), resume)
-    piece = replace(piece, patience=min(piece.patience, limit * PATIENT))
+    times = kept(job.plan.target.name, job.runtime)
+    piece = replace(piece, patience=min(piece.patience, limit * PATIENT), times=times)
     kind = (metric, bound, settings.minimize, job.output.suffix)
     shop = Workshop(piece, subject, chooses, *kind)
     run = Run(job, shop, steps, journal, limit, job.calibration.client)
