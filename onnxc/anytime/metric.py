@@ -66,6 +66,11 @@ class Estimate:
         error = float(np.std(drops, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
         return cls(mean, mean - Z * error, mean + Z * error, n)
 
+    @property
+    def least(self) -> float:
+        """Three standard errors below the drop."""
+        return self.drop - 3 * (self.drop - self.low) / Z
+
     def is_settled(self, bound: float) -> bool:
         """Whether more samples would hardly tell something else about the bound."""
         return self.high <= bound or self.low > bound
@@ -99,7 +104,7 @@ class Drops:
     def estimate(self) -> Estimate:
         found, *others = map(Estimate.of, np.concatenate(self.parts, axis=1))
         for counted in others:
-            found = counted if counted.low > found.high else found
+            found = counted if counted.least > found.high else found
         drop, low, high = map(self.link, (found.drop, found.low, found.high))
         return Estimate(drop, low, high, found.samples)
 
@@ -177,7 +182,8 @@ class Metric:
         tokens = next_tokens(feed)
         if tokens is None:
             raise DataError("--metric perplexity needs one input of (N, T) tokens")
-        both = [surprise(class_scores(side[self.output]), tokens) for side in (ref, out)]
+        scores = (class_scores(side[self.output])[:, : tokens.shape[1]] for side in (ref, out))
+        both = [surprise(z, tokens).mean(axis=1) for z in scores]
         return np.asarray(100 * (both[1] - both[0]))
 
 
