@@ -31,8 +31,28 @@ class Example(click.Command):
         settings.setdefault("epilog", f"\b\nExample:\n  {example}")
         super().__init__(*arguments, **settings)
 
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """The first sentence, whole."""
+        return (self.help or "").split(".\n")[0].strip().rstrip(".")
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+FIRST_STEPS = """\b
+First steps:
+  onnxc inspect model.onnx
+  onnxc quantize model.onnx --data calib/ --preset imagenet -o model.int8.onnx
+  onnxc compress model.onnx --data calib/ --max-drop 0.5 -o model.best.onnx
+
+Completion of commands, options and files, for bash (zsh and fish likewise):
+
+\b
+  eval "$(_ONNXC_COMPLETE=bash_source onnxc)"
+"""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=FIRST_STEPS,
+)
 @click.version_option(package_name="onnxc", message="%(prog)s %(version)s")
 def onnxc() -> None:
     """Make trained ONNX models smaller and faster, and prove every file that is written."""
