@@ -174,6 +174,7 @@ def test_killed_ten_times_and_resumed(files: tuple[Path, Path], tmp_path: Path) 
     assert output.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_workers_find_the_same(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
