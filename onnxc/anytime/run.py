@@ -42,7 +42,10 @@ MISSED = Estimate(math.inf, math.inf, math.inf, 0)
 
 @dataclass
 class Run:
-    """One search. limit: seconds, those before an interruption included."""
+    """One search. limit: seconds, those before an interruption included.
+
+    is_complete: whether nothing was left out for want of time.
+    """
 
     job: Job
     workshop: Workshop
@@ -50,7 +53,7 @@ class Run:
     journal: Journal
     limit: float
     client: Client | None = None
-    is_complete: bool = False
+    is_complete: bool = True
     ahead: dict[str, list[Candidate]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,11 +84,12 @@ class Run:
             try:
                 plan = next(asked) if reply is None else asked.send(reply)
             except StopIteration:
-                self.is_complete = True
                 return self.best
-            if not self._is_known(plan) and not self._is_affordable(plan):
-                return self.best
-            reply = self._found(plan)
+            if self._is_known(plan) or self._is_affordable(plan):
+                reply = self._found(plan)
+            else:  # others may be quicker
+                self.is_complete = False
+                reply = Found(name_of(plan), "", MISSED, math.inf, failure="there was no time")
 
     def _is_known(self, plan: Plan) -> bool:
         return not plan or name_of(plan) in self.journal.found
