@@ -32,12 +32,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from onnxc.anatomy import Anatomy
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage
 from onnxc.core import Change, Skip
 from onnxc.opening import Opening
 from onnxc.runtime import Runtime
+from onnxc.spans import Span
 from onnxc.storage.package import Tally
+from onnxc.surroundings import Surroundings
 from onnxc.zeros import Zeros
 
 # Where a verdict turns red, whatever was asked for
@@ -117,7 +120,8 @@ class Report:
     zeros: before and after, where the aim seeks them. done: the changes that were asked for, which
     are among `changes`. missed: bounds that the user asked for and
     the result does not meet. recipe: TOML that replays it all. points: candidates of a search.
-    blame: layers in the order of the graph.
+    blame: layers in the order of the graph. spans: ranges of the tensors that were quantized by
+    what calibration saw.
     """
 
     model: str
@@ -141,6 +145,9 @@ class Report:
     recipe: str = ""
     points: tuple[Point, ...] = ()
     blame: tuple[Blame, ...] = ()
+    anatomy: Anatomy | None = None
+    spans: tuple[Span, ...] = ()
+    surroundings: Surroundings | None = None
     memory_peak: int | None = None
     seconds: float | None = None
 
@@ -193,6 +200,9 @@ class Validation:
     missed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     vectors: str | None = None
+    blame: tuple[Blame, ...] = ()
+    anatomy: Anatomy | None = None
+    surroundings: Surroundings | None = None
 
     @property
     def is_good(self) -> bool:
@@ -212,6 +222,7 @@ class Benchmark:
     ratios: dict[str, Ratio]
     batch: int = 1
     notes: tuple[str, ...] = ()
+    surroundings: Surroundings | None = None
 
 
 @dataclass(frozen=True)
