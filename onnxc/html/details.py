@@ -22,10 +22,21 @@ SHARES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r", (?P<percent>\d+)% of its MACs"), "MACs left"),
 )
 
+# What changes of one kind have in common, where the words differ from node to node
+GISTS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^\d+ channels (\w+), .*"), r"channels \1"),
+    (re.compile(r"^\d+ of \d+ channels out by (\w+).*"), r"channels out by \1"),
+    (re.compile(r"^(\w+) \S+ (folded|merged) in$"), r"\1 \2 in"),
+    (re.compile(r"^factors .* merged in$"), "factors merged in"),
+    (re.compile(r"^(reads|shares) .*"), r"\1 what another node has"),
+    (re.compile(r"^(\S+) of rank .*"), r"\1 of low rank"),
+    (re.compile(r"^\d+ values, codes"), "codes"),
+)
+
 
 def changes(report: Report) -> Iterator[Part]:
     """What was done to which nodes, by kind; what was left alone, by reason."""
-    done = by_reason((change.node, kind_of(change.what)) for change in report.changes)
+    done = by_reason(map(_gist, report.changes))
     if done:
         total = len({change.node for change in report.changes})
         yield Prose(f"Changed: {nodes_text(total)}.")
@@ -34,6 +45,14 @@ def changes(report: Report) -> Iterator[Part]:
     if skipped:
         yield Prose(f"Left alone: {nodes_text(len({node for node, _ in skipped}))}.")
         yield from _groups(by_reason(skipped))
+
+
+def _gist(change: Change) -> tuple[str, str]:
+    """A node, with what was done to it where that says more, and what many have in common."""
+    text = kind_of(change.what)
+    for pattern, common in GISTS:
+        text = pattern.sub(common, text)
+    return (change.node if text == change.what else f"{change.node}: {change.what}"), text
 
 
 def _skipped(report: Report) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-WIDTH = 4.6  # inches: 331 points, which a phone shows in full
+WIDTH = 4.3  # inches: 310 points, so that a phone shows letters as large as they are
 INK, DIM, LINE, BEFORE, AFTER, GOOD, BAD, GROUND = (f"#0{i}0{i}0{i}" for i in range(1, 9))
 TYPES = tuple(f"#1{i}1{i}1{i}" for i in range(1, 7))  # one after the other
 INKS = {
@@ -32,11 +32,11 @@ STYLE: Any = {  # of matplotlib
     "svg.hashsalt": "onnxc",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8,
+    "font.size": 8.5,
     "axes.edgecolor": LINE,
     "axes.labelcolor": DIM,
     "axes.titlecolor": INK,
-    "axes.titlesize": 8,
+    "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -109,7 +109,7 @@ def types(kinds: Mapping[str, tuple[int, int]], unit: float, name: str) -> str:
             start = start + widths
         _named(axes, ["before", "after"])
         axes.set_xlabel(name)
-        figure.legend(loc="outside upper left", ncols=4, handlelength=1)
+        figure.legend(loc="outside upper left", ncols=6, handlelength=0.8, columnspacing=1)
         return to_svg(figure)
 
 

@@ -7,6 +7,7 @@ Sections without parts are left out. jinja2 and matplotlib are imported on first
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,14 +94,38 @@ def _heading(report: Shown) -> dict[str, Any]:
     """Title, subtitle, verdict and headline."""
     if isinstance(report, Benchmark):
         names = ", ".join(report.latencies)
-        return {"title": f"Latency of {names}", "way": f"batches of {report.batch}"}
+        return {"title": f"Latency of {names}", "way": f"batches of {report.batch}", "tiles": []}
     if isinstance(report, Validation):
         title, way = f"{report.candidate} against {report.reference}", ""
     else:
         title = f"{report.model} → {report.output or 'nothing written'}"
         way = ", ".join(x for x in (report.way, report.target and f"target {report.target}") if x)
     verdict = {"is_good": report.is_good, "sentence": report.verdict}
-    return {"title": title, "way": way, "verdict": verdict, "headline": report.headline}
+    kept = {"headline": report.headline, "tiles": list(_tiles(report))}
+    return {"title": title, "way": way, "verdict": verdict, **kept}
+
+
+def _tiles(report: Report | Validation) -> Iterator[tuple[str, str, str]]:
+    """The figures that matter most: value, what it is, tone."""
+    ratio = report.before.bytes / max(report.after.bytes, 1)
+    yield f"{ratio:.2f}x", "smaller" if ratio >= 1 else "of the size (larger)", _tone(ratio)
+    if report.speedup is not None:
+        speed = report.speedup
+        yield f"{speed.median:.2f}x", "speed", _tone(speed.low if speed.median > 1 else speed.high)
+    found = report.comparison
+    if found is not None and found.top1 is not None:
+        yield f"{100 * (found.top1[1] - found.top1[0]):+.2f}", "points of top-1", ""
+    if found is not None and found.agreement is not None:
+        yield f"{100 * found.agreement:.1f} %", "agreement", ""
+    if found is not None:
+        yield f"{found.sqnr:.1f} dB", "SQNR", ""
+    if report.coverage is not None and report.coverage.total:
+        yield f"{report.coverage.integer} of {report.coverage.total}", "integer kernels", ""
+
+
+def _tone(ratio: float) -> str:
+    """Of a ratio that is a gain above 1."""
+    return "good" if ratio > 1 else "bad" if ratio < 1 else ""
 
 
 def _templates() -> Any:
@@ -118,5 +143,5 @@ def _templates() -> Any:
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.ChainableUndefined,
     )

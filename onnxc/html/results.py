@@ -29,8 +29,8 @@ def accuracy(report: Report | Validation) -> Iterator[Part]:
     comparison = report.comparison
     if comparison is None:
         return
-    yield from _shares(comparison)
     yield from _change(comparison)
+    yield from _shares(comparison)
     if len(comparison.outputs) > 1:
         yield Fold("Each output", (_outputs(comparison),))
 
@@ -48,10 +48,13 @@ def _shares(comparison: Comparison) -> Iterator[Part]:
     if not rows:
         yield Prose(f"SQNR {comparison.sqnr:.1f} dB; the outputs name no classes", "dim")
         return
-    heads = ("", "share", "95 % interval")
-    cells = ((k, percent(s), _from_to(i)) for k, (s, i) in rows.items())
     yield Picture(figures.shares(rows, colors), f"Over {comparison.samples} samples.")
-    yield Table(heads, tuple(cells))
+    if comparison.change_interval is not None and comparison.top1 is not None:
+        share = comparison.top1[1] - comparison.top1[0]
+        drawn = figures.change(share, comparison.change_interval)
+        yield Picture(drawn, "The change; both models judged the same samples.")
+    cells = ((k, percent(s), _from_to(i)) for k, (s, i) in rows.items())
+    yield Fold("All figures", (Table(("", "share", "95 % interval"), tuple(cells)),))
 
 
 def _change(comparison: Comparison) -> Iterator[Part]:
@@ -65,7 +68,6 @@ def _change(comparison: Comparison) -> Iterator[Part]:
         f"Of {n} decisions {lost} were lost and {won} were won: top-1 changes by "
         f"{100 * share:+.2f} points, with 95 % confidence between {low:+.2f} and {high:+.2f}."
     )
-    yield Picture(figures.change(share, interval), "Both models judged the same samples.")
     if (high - low) / 2 > 100 * ROUGH:
         yield Prose("So few samples cannot tell more: judge by more of them, with --val.", "dim")
 
@@ -102,7 +104,7 @@ def _rounds(times: Mapping[str, Latency], ratios: Mapping[str, Ratio]) -> Iterat
         f"{len(first.samples)} rounds, the models in turn: a ratio holds where the milliseconds "
         "drift."
     )
-    heads = ("milliseconds", "p10", "p50", "p90", "spread", "times faster (quartiles)")
+    heads = ("ms", "p10", "p50", "p90", "spread", "times faster (quartiles)")
     rows = tuple(
         (name, *(f"{t:.3f}" for t in (x.p10, x.p50, x.p90)), f"{100 * x.spread:.0f} %", ratio)
         for name, x in times.items()
@@ -130,8 +132,7 @@ def size(report: Report | Validation) -> Iterator[Part]:
     unit, name = (1e6, "MB") if max(before, after) >= 10**6 else (1e3, "kB")
     yield Prose(f"{size_text(before)} became {size_text(after)}.")
     kinds = {**found.types, "graph": _graph(found)}
-    few = dict(sorted(kinds.items(), key=lambda item: -max(item[1]))[: len(TYPES)])
-    yield Picture(figures.types(few, unit, name), "Bytes by element type, both files.")
+    yield Picture(figures.types(_few(kinds), unit, name), "Bytes by element type, both files.")
     yield Picture(figures.layers(_largest(found), unit, name), _told(found))
     parts = (_types(kinds), _layers(found))
     yield Fold("All figures", tuple(part for part in parts if part.rows))
@@ -142,6 +143,14 @@ def _graph(found: Anatomy) -> tuple[int, int]:
     held = [sum(both[side] for both in found.types.values()) for side in (0, 1)]
     plain = [found.files[side] + found.saved[side] for side in (0, 1)]
     return max(plain[0] - held[0], 0), max(plain[1] - held[1], 0)
+
+
+def _few(kinds: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The types with the most bytes; those for which there is no colour are one."""
+    order = sorted(kinds.items(), key=lambda item: -max(item[1]))
+    kept, others = order[: len(TYPES) - 1], [both for _, both in order[len(TYPES) - 1 :]]
+    rest = {"others": (sum(b[0] for b in others), sum(b[1] for b in others))} if others else {}
+    return {**dict(kept), **rest}
 
 
 def _largest(found: Anatomy) -> list[Layer]:
