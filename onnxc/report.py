@@ -8,15 +8,24 @@ A report is a plain dataclass, and `to_json` writes any of them: its fields are 
     aim                 {name, done, seeks}: the task, the word for a node it changed, what counts
     zeros               [{weights, zeros, bits, coded, share}, the same after], or null
     speedup             {median, low, high, is_slower}, original over result
-    latency             {p10, p50, p90, spread}
+    latency             {p10, p50, p90, spread, quantiles}
     opening             {ms, memory}, where the task seeks a small file
     comparison          {samples, outputs {NAME: {sqnr, cosine, max_abs_error, agreement}},
                         agreement, top1, top5, perplexity: each [reference, candidate], notes,
-                        sqnr, cosine, max_abs_error}
+                        decisions, flips [lost, won], top1_intervals, top5_intervals,
+                        change_interval, agreement_interval, sqnr, cosine, max_abs_error}
     coverage            {kernels [{node, op, integer, reason}], boundaries, orphans, total, integer,
                         left_float}
     changes, skips      [{node, what, before, after}], [{node, reason}]
+    points              [{name, bytes, drop, low, high, speed, is_met, is_best, on_front}]
+    blame               [{node, op, tensor, sqnr, own}]
+    anatomy             {layers [{node, op, before, after}], types {NAME: [before, after]}, rest,
+                        saved, files}
+    spans               [{tensor, type, scale, zero_point, low, high, least, most, clipped, counts,
+                        used}]
+    surroundings        {versions, system, processor, features, cores}
 
+`onnxc.schema` makes a JSON Schema of them all; docs/report.md says what each key means.
 Bytes and seconds are plain numbers, latencies milliseconds, SQNR decibel, shares lie in 0..1. What
 is not known or not finite is null.
 """

@@ -18,8 +18,8 @@ def front(report: Report) -> Iterator[Part]:
     kept = sum(point.on_front for point in points)
     yield Prose(
         f"{len(points)} candidates were measured; of {kept} no other is better in size, speed or "
-        "drop and as good in the rest. The line joins them, the circle is the result, and red ones "
-        "miss the bound."
+        "drop and as good in the rest. Lines join the best in the two that a picture shows, a "
+        "circle is the result, and red ones miss the bound."
     )
     yield Picture(figures.front(points, "bytes"), "Drop against size.")
     timed = [point for point in points if point.speed is not None]

@@ -135,8 +135,7 @@ def blame(rows: Sequence[Blame]) -> str:
         if own:
             axes.plot(*zip(*own, strict=True), "o", color=INK, markersize=3)
         _named(axes, [ending(r.node) for r in rows])
-        dots = "; dots: of the layer's own error" if own else ""
-        axes.set_xlabel(f"dB of the layer's output, less is worse{dots}")
+        axes.set_xlabel("dB, less is worse" + ("; dots: own error" if own else ""))
         return to_svg(figure)
 
 
@@ -160,7 +159,7 @@ def front(points: Sequence[Point], by: str) -> str:
         return point.bytes / 1e6 if by == "bytes" else point.speed or 0.0
 
     with canvas(2.4) as (figure, axes):
-        kept = sorted((p for p in points if p.on_front), key=at)
+        kept = _best(sorted(points, key=at, reverse=by == "speed"))
         axes.plot([at(p) for p in kept], [100 * p.drop for p in kept], color=LINE, linewidth=1.5)
         for point in points:
             color = AFTER if point.is_met else BAD
@@ -174,6 +173,15 @@ def front(points: Sequence[Point], by: str) -> str:
         axes.set_ylabel("points of drop")
         axes.set_xlabel("MB of the file" if by == "bytes" else "times faster")
         return to_svg(figure)
+
+
+def _best(points: Sequence[Point]) -> list[Point]:
+    """Those that drop less than all before them."""
+    found: list[Point] = []
+    for point in points:
+        if not found or point.drop < found[-1].drop:
+            found.append(point)
+    return found
 
 
 def _named(axes: Axes, names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from onnxc.errors import OptionError
 from onnxc.files import replacing
 from onnxc.paths import check_output
-from onnxc.report import Benchmark, Report, Validation
+from onnxc.report import TOLERATED_DROP, Benchmark, Report, Validation
 
 if TYPE_CHECKING:
     from onnxc.html.parts import Section
@@ -114,7 +114,8 @@ def _tiles(report: Report | Validation) -> Iterator[tuple[str, str, str]]:
         yield f"{speed.median:.2f}x", "speed", _tone(speed.low if speed.median > 1 else speed.high)
     found = report.comparison
     if found is not None and found.top1 is not None:
-        yield f"{100 * (found.top1[1] - found.top1[0]):+.2f}", "points of top-1", ""
+        change = found.top1[1] - found.top1[0]
+        yield f"{100 * change:+.2f}", "points of top-1", "bad" if -change > TOLERATED_DROP else ""
     if found is not None and found.agreement is not None:
         yield f"{100 * found.agreement:.1f} %", "agreement", ""
     if found is not None:

@@ -64,8 +64,9 @@ def _change(comparison: Comparison) -> Iterator[Part]:
     lost, won = flips
     share, n = (won - lost) / max(comparison.decisions, 1), comparison.decisions
     low, high = (100 * end for end in interval)
+    counts = f"{lost} were lost and {won} were won" if lost or won else "none was lost or won"
     yield Prose(
-        f"Of {n} decisions {lost} were lost and {won} were won: top-1 changes by "
+        f"Of {n} decisions {counts}: top-1 changes by "
         f"{100 * share:+.2f} points, with 95 % confidence between {low:+.2f} and {high:+.2f}."
     )
     if (high - low) / 2 > 100 * ROUGH:
