@@ -64,13 +64,19 @@ def _quality_rows(comparison: Comparison | None) -> Iterator[Row]:
     for label, pair in (("top-1", comparison.top1), ("top-5", comparison.top5)):
         if pair:
             change = f"{100 * (pair[1] - pair[0]):+.2f} points"
-            yield label, percent(pair[0]), percent(pair[1]), change
+            bounds = comparison.change_interval if label == "top-1" else None
+            yield label, percent(pair[0]), percent(pair[1]), change + _bounds(bounds)
     if comparison.perplexity:
         first, second = comparison.perplexity
         yield "perplexity", f"{first:.3f}", f"{second:.3f}", f"{second - first:+.3f}"
     if comparison.agreement is not None:
         yield "agreement", "", percent(comparison.agreement), ""
     yield "SQNR", "", f"{comparison.sqnr:.1f} dB", ""
+
+
+def _bounds(interval: tuple[float, float] | None) -> str:
+    """Between which points a change lies with 95 % confidence, in brackets."""
+    return "" if interval is None else " ({:+.2f} to {:+.2f})".format(*(100 * x for x in interval))
 
 
 def _error_rows(comparison: Comparison) -> Iterator[Row]:

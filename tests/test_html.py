@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -199,6 +201,26 @@ def test_other_reports() -> None:
     assert "a 2.0" in timed["benchmark"] and "2.00x (1.90 to 2.10)" in timed["benchmark"]
 
 
+def test_odd_figures_are_drawn_too() -> None:
+    still = Latency(1.0, 1.0, 1.0, 0.0, (1.0,) * 9)
+    lost = Comparison(3, {"y": Fidelity(-math.inf, 0.0, math.inf)}, notes=("odd",))
+    odd = replace(
+        FULL,
+        before=Measure(10, still),
+        after=Measure(20, still),
+        speedup=speedup(still, still),
+        comparison=lost,
+        blame=tuple(Blame(str(n), "Conv", "t", n) for n in (-math.inf, math.nan, 200.0, 30.0)),
+        anatomy=Anatomy((), {}, (10, 20)),
+        spans=(replace(SPANS[0], least=1.0, most=1.0, counts=(5,)),),
+        points=(replace(POINTS[0], on_front=False),),
+    )
+    with warnings.catch_warnings(action="error"):
+        text = Reader(to_html(odd)).texts
+    assert "SQNR -inf dB; the outputs name no classes" in text["accuracy"]
+    assert "no value" not in text["ranges"] and "2.00x larger" in text["header"]
+
+
 def test_a_page_needs_nothing_else(full: str) -> None:
     assert "://" not in full
     assert "<script" not in full and "@import" not in full and "@font-face" not in full
@@ -307,6 +329,7 @@ MEASURE = """<script>
 onload = () => {
   const found = [...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument.documentElement;
+    page.querySelectorAll("details").forEach(part => part.open = true);
     return page.scrollWidth + "/" + page.clientWidth + "/" + page.querySelectorAll("svg").length;
   });
   document.body.dataset.found = found.join(" ");

@@ -18,6 +18,7 @@ from onnxc.report import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS, DOCS = ROOT / "models", ROOT / "docs"
+WEIGHTS = ("--format", "weight-only")
 DATA = ("--data", MODELS / "digits_cnn_calib.npz", "--samples", 40)
 
 
@@ -49,7 +50,7 @@ def test_reports_fit(whole: dict[str, Any], report: Any) -> None:
     [
         ("Inspection", ("inspect", MODELS / "digits_cnn.onnx")),
         ("Preview", ("quantize", MODELS / "digits_cnn.onnx", *DATA, "--dry-run")),
-        ("Report", ("sparsify", MODELS / "digits_cnn.onnx", "-o", "{}/m.onnx")),
+        ("Report", ("quantize", MODELS / "digits_cnn.onnx", *WEIGHTS, "-o", "{}/m.onnx")),
         ("Report", ("quantize", MODELS / "digits_cnn.onnx", *DATA, "-o", "{}/m.onnx")),
         ("Calibrated", ("calibrate", MODELS / "digits_cnn.onnx", *DATA, "-o", "{}/m.stats")),
     ],

@@ -31,6 +31,7 @@ NAME = 26  # characters of a node's name beside a bar
 BAR = 0.2  # inches of a row
 LONGEST = 0.98  # quantile of times up to which a picture reaches
 BINS = 40
+CLEAR = 80.0  # dB: what is above is no error that anybody sees
 
 Array = NDArray[Any]
 Interval = tuple[float, float]
@@ -128,15 +129,20 @@ def blame(rows: Sequence[Blame]) -> str:
     """dB of layers in the order of the graph: all error so far, and a layer's own where known."""
     with canvas(0.5 + BAR * len(rows)) as (figure, axes):
         y = np.arange(len(rows))
-        worst = sorted(r.sqnr for r in rows)[: max(1, len(rows) // 10)][-1]
-        colors = [BAD if r.sqnr <= worst else AFTER for r in rows]
-        axes.barh(y, [r.sqnr for r in rows], color=colors, height=0.6)
-        own = [(r.own, at) for at, r in enumerate(rows) if r.own is not None]
+        error = [_shown(r.sqnr) for r in rows]
+        worst = sorted(error)[: max(1, len(rows) // 10)][-1]
+        axes.barh(y, error, color=[BAD if e <= worst else AFTER for e in error], height=0.6)
+        own = [(_shown(r.own), at) for at, r in enumerate(rows) if r.own is not None]
         if own:
             axes.plot(*zip(*own, strict=True), "o", color=INK, markersize=3)
         _named(axes, [ending(r.node) for r in rows])
         axes.set_xlabel("dB, less is worse" + ("; dots: own error" if own else ""))
         return to_svg(figure)
+
+
+def _shown(decibel: float) -> float:
+    """Within what can be drawn: equal tensors have no error, lost ones nothing but error."""
+    return float(np.clip(np.nan_to_num(decibel, nan=0.0), 0.0, CLEAR))
 
 
 def span(row: Span) -> str:
