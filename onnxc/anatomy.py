@@ -127,12 +127,15 @@ def _own(node: gs.Node, fixed: set[int], seen: set[int]) -> Iterator[gs.Constant
 
 
 def _renamed(found: Mapping[str, int], known: Mapping[str, int]) -> Counter[str]:
-    """Bytes under the names of another model: parts of a layer go to it, by how names begin."""
-    gone = sorted((name for name in known if name and name not in found), key=len, reverse=True)
+    """Bytes under the names of another model: what a layer was split into goes to it.
+
+    Parts are known by their names: that of the layer, with something behind it.
+    """
+    names = sorted(filter(None, known), key=len, reverse=True)
     total: Counter[str] = Counter()
     for name, count in found.items():
-        origin = None if name in known else next((g for g in gone if name.startswith(g)), None)
-        total[origin or name] += count
+        whole = (n for n in names if name.startswith(f"{n}_"))
+        total[name if name in known else next(whole, name)] += count
     return total
 
 

@@ -36,13 +36,14 @@ def test_a_constant_belongs_to_the_first_node_that_computes_with_it() -> None:
 
 def test_parts_of_a_layer_go_to_it_and_all_adds_up() -> None:
     model = load(onnx.parser.parse_model(TEXT))
-    text = TEXT.replace("[second]", "[second_factor0]").replace("[third]", "[third_factor1]")
-    other = load(onnx.parser.parse_model(text))
+    text = TEXT.replace("[third] e = MatMul(c, w)", "[second_factor1] e = MatMul(c, v)")
+    factor = "float[4, 4] v = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}, float[4] b"
+    other = load(onnx.parser.parse_model(text.replace("float[4] b", factor)))
     found = anatomy((model, other), (500, 450))
     rows = {layer.node: (layer.before, layer.after) for layer in found.layers}
-    assert rows == {"first": (20, 20), "second": (64, 64), "last": (16, 16)}
-    assert found.rest == (400, 350) and found.saved == (0, 0) and found.files == (500, 450)
-    assert found.types == {"float32": (84, 84), "int8": (16, 16)}
+    assert rows == {"first": (20, 20), "second": (64, 128), "last": (16, 16)}
+    assert found.rest == (400, 286) and found.saved == (0, 0) and found.files == (500, 450)
+    assert found.types == {"float32": (84, 148), "int8": (16, 16)}
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "onnxz"])

@@ -190,8 +190,8 @@ def test_what_a_section_says(texts: dict[str, str], key: str, words: str) -> Non
 
 def test_groups_and_ranks_show_what_is_left() -> None:
     text = Reader(to_html(PRUNED)).texts["cuts"]
-    assert "/a 75 % of channels left 16 of 64 channels out" in text
-    assert "/c 53 % of MACs left svd of rank 12" in text
+    assert "/a 16 of 64 channels out by output; read by /b 75 % of channels" in text
+    assert "error 1.20% 53 % of MACs" in text
 
 
 def test_other_reports() -> None:

@@ -18,8 +18,8 @@ WORST = 5  # layers that are named
 
 # How much of a layer a change says that it leaves: (pattern, what the share is of)
 SHARES: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"^(?P<out>\d+) of (?P<all>\d+) channels out"), "channels left"),
-    (re.compile(r", (?P<percent>\d+)% of its MACs"), "MACs left"),
+    (re.compile(r"^(?P<out>\d+) of (?P<all>\d+) channels out"), "channels"),
+    (re.compile(r", (?P<percent>\d+)% of its MACs"), "MACs"),
 )
 
 # What changes of one kind have in common, where the words differ from node to node
@@ -72,7 +72,7 @@ def cuts(report: Report) -> Iterator[Part]:
     rows = [row for change in report.done if (row := _cut(change)) is not None]
     if rows:
         yield Prose(f"{report.aim.done.capitalize()}: {nodes_text(len(rows))}.")
-        yield Table(("layer", "left", "how"), tuple(rows), names=1)
+        yield Table(("layer", "how", "left"), tuple(rows), names=2)
 
 
 def _cut(change: Change) -> tuple[Cell, ...] | None:
@@ -80,7 +80,7 @@ def _cut(change: Change) -> tuple[Cell, ...] | None:
         found = pattern.search(change.what)
         if found:
             share = _share(found.groupdict())
-            return change.node, Bar(f"{100 * share:.0f} % of {what}", share), change.what
+            return change.node, change.what, Bar(f"{100 * share:.0f} % of {what}", share)
     return None
 
 

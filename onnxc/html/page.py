@@ -31,11 +31,11 @@ SECTIONS: tuple[tuple[str, str, str, tuple[type[Any], ...]], ...] = (
     ("latency", "Latency", "results.latency", (Report, Validation)),
     ("benchmark", "Latency", "results.benchmark", (Benchmark,)),
     ("size", "Size", "results.size", (Report, Validation)),
-    ("cuts", "Groups and ranks", "details.cuts", (Report,)),
     ("changes", "What was done, and left alone", "details.changes", (Report,)),
     ("blame", "Which layers make the error", "details.blame", (Report, Validation)),
     ("ranges", "Ranges", "details.ranges", (Report,)),
     ("kernels", "Integer kernels", "details.kernels", (Report, Validation)),
+    ("cuts", "Groups and ranks", "details.cuts", (Report,)),
     ("front", "Candidates", "closing.front", (Report,)),
     ("notes", "Notes", "closing.notes", (Report, Validation, Benchmark)),
     ("recipe", "Do it again", "closing.recipe", (Report,)),
@@ -108,10 +108,11 @@ def _heading(report: Shown) -> dict[str, Any]:
 def _tiles(report: Report | Validation) -> Iterator[tuple[str, str, str]]:
     """The figures that matter most: value, what it is, tone."""
     ratio = report.before.bytes / max(report.after.bytes, 1)
-    yield f"{ratio:.2f}x", "smaller" if ratio >= 1 else "of the size (larger)", _tone(ratio)
+    size = (f"{ratio:.2f}x", "smaller") if ratio >= 1 else (f"{1 / ratio:.2f}x", "larger")
+    yield *size, _tone(ratio, ratio)
     if report.speedup is not None:
         speed = report.speedup
-        yield f"{speed.median:.2f}x", "speed", _tone(speed.low if speed.median > 1 else speed.high)
+        yield f"{speed.median:.2f}x", "speed", _tone(speed.low, speed.high)
     found = report.comparison
     if found is not None and found.top1 is not None:
         change = found.top1[1] - found.top1[0]
@@ -124,9 +125,9 @@ def _tiles(report: Report | Validation) -> Iterator[tuple[str, str, str]]:
         yield f"{report.coverage.integer} of {report.coverage.total}", "integer kernels", ""
 
 
-def _tone(ratio: float) -> str:
-    """Of a ratio that is a gain above 1."""
-    return "good" if ratio > 1 else "bad" if ratio < 1 else ""
+def _tone(low: float, high: float) -> str:
+    """Of a ratio that is a gain above 1; none where it may be either."""
+    return "good" if low > 1 else "bad" if high < 1 else ""
 
 
 def _templates() -> Any:
