@@ -295,7 +295,8 @@ def _check_page(settings: dict[str, Any], *names: str) -> None:
         raise click.UsageError("--html does not go with --dry-run, which measures nothing")
     others = [settings[name] for name in names]
     others = [x for other in others for x in (other if isinstance(other, tuple) else (other,))]
-    if settings["html"] == settings.get("output"):
+    output = settings.get("output")
+    if output is not None and output.resolve() == settings["html"].resolve():
         raise click.UsageError("--html and --output name one file: give two")
     page.check_page(settings["html"], *others)
 
