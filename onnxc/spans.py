@@ -57,10 +57,26 @@ def spans(model: Model, seen: Mapping[str, HistogramObserver]) -> tuple[Span, ..
     found: dict[str, Span] = {}
     for graph in walk(model.graph):
         for node in graph.nodes:
-            name = node.inputs[0].name if node.op == "QuantizeLinear" else ""
-            if name in seen and name not in found:
-                found |= {span.tensor: span for span in _span(node, seen[name])}
+            for name, parts in _grids(node):
+                if name in seen and name not in found:
+                    found |= {span.tensor: span for span in _span(name, parts, seen[name])}
     return tuple(found.values())
+
+
+def _grids(node: gs.Node) -> Iterator[tuple[str, list[gs.Tensor]]]:
+    """Tensors that a node quantizes, or makes in integers, each with its scale and zero point.
+
+    The latter are known by their names, "y_scale" and "y_zero_point".
+    """
+    if node.op == "QuantizeLinear":
+        yield node.inputs[0].name, node.inputs[1:]
+        return
+    named = {tensor.name: tensor for tensor in node.inputs}
+    stems = (name.removesuffix("_scale") for name in named if name.endswith("_scale"))
+    for stem in stems:
+        zero = named.get(f"{stem}_zero_point")
+        if zero is not None:
+            yield stem, [named[f"{stem}_scale"], zero]
 
 
 def histograms(memo: Memo, passes: tuple[Pass, ...]) -> dict[str, HistogramObserver]:
@@ -80,10 +96,10 @@ def _is_on_way(state: Any, passes: tuple[Pass, ...]) -> bool:
     return isinstance(state, tuple) and state == passes[: len(state)]
 
 
-def _span(node: gs.Node, seen: HistogramObserver) -> Iterator[Span]:
+def _span(name: str, parts: list[gs.Tensor], seen: HistogramObserver) -> Iterator[Span]:
     """Nothing where the scale is computed, or one for each channel."""
-    constants = [tensor for tensor in node.inputs[1:] if isinstance(tensor, gs.Constant)]
-    if not seen.is_finite or len(constants) < len(node.inputs) - 1:
+    constants = [tensor for tensor in parts if isinstance(tensor, gs.Constant)]
+    if not seen.is_finite or len(constants) < len(parts):
         return
     scale, *zeros = (np.asarray(values(constant)) for constant in constants)
     zero = zeros[0] if zeros else np.uint8(0)
@@ -91,9 +107,10 @@ def _span(node: gs.Node, seen: HistogramObserver) -> Iterator[Span]:
         return
     s, z, limits = float(scale.item()), int(zero.item()), np.iinfo(zero.dtype)
     low, high = s * (int(limits.min) - z), s * (int(limits.max) - z)
-    kind, name = zero.dtype.name, node.inputs[0].name
     clipped = _outside(seen, low - s / 2, high + s / 2)
-    yield Span(name, kind, s, z, low, high, seen.low, seen.high, clipped, _few_bins(seen))
+    yield Span(
+        name, zero.dtype.name, s, z, low, high, seen.low, seen.high, clipped, _few_bins(seen)
+    )
 
 
 def _centres(seen: HistogramObserver) -> Array:

@@ -40,6 +40,17 @@ def test_ends_and_what_lies_outside() -> None:
     assert found.counts[-1] == 10
 
 
+def test_integer_operators_name_their_scales_after_what_they_make() -> None:
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (uint8[N, 4] x_quantized) => (float[N, 4] y)
+        <float x_scale = {0.5}, uint8 x_zero_point = {100}>
+        { y = DequantizeLinear(x_quantized, x_scale, x_zero_point) }
+    """
+    (found,) = spans(load(onnx.parser.parse_model(text)), {"x": seen(np.arange(4.0))})
+    assert (found.tensor, found.low, found.high) == ("x", -50.0, 77.5)
+
+
 def test_a_tensor_of_one_value_has_one_bin() -> None:
     (found,) = spans(load(onnx.parser.parse_model(TEXT)), {"x": seen(np.full(7, 3.0))})
     assert found.counts == (7,) and found.used == 0.0 and found.clipped == 0.0

@@ -170,8 +170,10 @@ def _largest(found: Anatomy) -> list[Layer]:
 
 
 def _told(found: Anatomy) -> str:
-    count = min(len(found.layers), LAYERS_SHOWN)
-    return f"Bytes of the {count} largest layers, in the order of the graph; the table has all."
+    count = len(found.layers)
+    if count > LAYERS_SHOWN:
+        return f"Bytes of the {LAYERS_SHOWN} largest layers of {count}, in the order of the graph."
+    return f"Bytes of {count} layers, in the order of the graph; small ones are in the rest."
 
 
 def _types(kinds: Mapping[str, tuple[int, int]]) -> Table:
@@ -185,7 +187,10 @@ def _layers(found: Anatomy) -> Table:
         (x.node, x.op, Bar(size_text(x.before), x.before / most, "a"), _after(x, most))
         for x in found.layers
     ]
-    first, second = (Bar(size_text(count), min(count / most, 1.0)) for count in found.rest)
+    first, second = (
+        Bar(size_text(count), min(count / most, 1.0), tone)
+        for count, tone in zip(found.rest, "ab", strict=True)
+    )
     saved = [("saved by packing", "", *map(size_text, found.saved))] if any(found.saved) else []
     files = ("file", "", *map(size_text, found.files))
     return Table(
