@@ -10,6 +10,7 @@ import importlib
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -35,18 +36,30 @@ def call(text: str, inputs: Sequence[InputSpec], samples: int | None) -> list[Bl
     An item is a feed by input name (with `labels` if there are any), an array for a model with one
     input, or a tuple of arrays in the order of the inputs. Stops after `samples` samples.
     """
-    module, _, name = text.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    importlib.invalidate_caches()
-    try:
-        function = getattr(importlib.import_module(module), name)
+    with own_code(text):
+        function = imported(text)
         items = iter(function() if callable(function) else function)
         return list(spool(items, inputs, text, samples))
+
+
+@contextmanager
+def own_code(text: str) -> Iterator[None]:
+    """Run code of the user's own modules, of this folder too. Raises DataError for its faults."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
     except RAISED as error:
         raise DataError(f"{text} fails with {type(error).__name__}: {reason(error)}") from error
     finally:
         sys.path.remove(here)
+
+
+def imported(text: str) -> Any:
+    """What `module:name` stands for."""
+    module, _, name = text.partition(":")
+    importlib.invalidate_caches()
+    return getattr(importlib.import_module(module), name)
 
 
 def spool(

@@ -192,6 +192,11 @@ class Crew:
                     self.client.cancel(list(waiting), force=True)
 
     @property
+    def count(self) -> int:
+        """Threads of the workers, one at least."""
+        return max(1, sum(self._threads().values()))
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Who took part, who was lost, and who may round differently."""
         count = len(self.took_part)

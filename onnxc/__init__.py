@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onnxc.api import benchmark as benchmark
     from onnxc.api import calibrate as calibrate
     from onnxc.api import cluster as cluster
+    from onnxc.api import compress as compress
     from onnxc.api import factorize as factorize
     from onnxc.api import inspect as inspect
     from onnxc.api import load as load
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "onnxc.api": (
-        *("QuantizeSettings", "benchmark", "calibrate", "cluster", "factorize", "inspect", "load"),
-        *("merge_statistics", "pack", "preview", "prune", "quantize", "run_in_integers", "save"),
-        *("sparsify", "unpack", "validate", "write_html"),
+        *("QuantizeSettings", "benchmark", "calibrate", "cluster", "compress", "factorize"),
+        *("inspect", "load", "merge_statistics", "pack", "preview", "prune", "quantize"),
+        *("run_in_integers", "save", "sparsify", "unpack", "validate", "write_html"),
     ),
     "onnxc.errors": ("ClusterError", "DataError", "ModelError", "OnnxcError", "OptionError"),
 }

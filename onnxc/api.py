@@ -12,14 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from calib.data import Dataset, Preprocess
 from onnxc import recipe as recipes
 from onnxc.anatomy import Anatomy, anatomy
+from onnxc.anytime.searched import searched
+from onnxc.anytime.settings import CompressSettings
 from onnxc.bench import Latency, speedup, time_interleaved
 from onnxc.calibration import calibrate, merge_statistics
-from onnxc.check import compare, coverage
+from onnxc.check import Comparison, compare, coverage
 from onnxc.compression import Attempt, Compressed, attempt, compress_model
 from onnxc.cost import file_bytes, inspect
 from onnxc.errors import ModelError, OptionError
@@ -47,7 +49,6 @@ from onnxc.request import (
     naming,
     open_feeds,
     peak_memory,
-    silent,
     subject,
     try_out,
 )
@@ -57,14 +58,16 @@ from onnxc.spans import histograms, spans
 from onnxc.storage.package import is_package
 from onnxc.storage.packing import check_packing, pack, store, unpack
 from onnxc.surroundings import surroundings
-from onnxc.tasks import CLUSTER, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
+from onnxc.tasks import CLUSTER, COMPRESS, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 from onnxc.vectors import write_vectors
+from onnxc.workpiece import silent
 
 __all__ = [
     "QuantizeSettings",
     "benchmark",
     "calibrate",
     "cluster",
+    "compress",
     "factorize",
     "inspect",
     "load",
@@ -82,6 +85,7 @@ __all__ = [
 ]
 
 SIDES = ("before", "after")
+BOUND, SEARCH = 0.5, 600.0  # points that a search may lose, and seconds that it may take
 PREVIEWED = 4  # samples that a preview calibrates on: the effect on nodes needs no good ranges
 
 
@@ -126,6 +130,51 @@ def cluster(model: ModelPath, **request: Any) -> Report:
     Takes and raises what `quantize` does, with the fields of `ClusterSettings` as settings.
     """
     return write(CLUSTER, asked(CLUSTER, model, request))
+
+
+def compress(
+    model: ModelPath,
+    *,
+    max_drop: float | None = None,
+    max_time: float = SEARCH,
+    resume: bool = False,
+    **request: Any,
+) -> Report:
+    """Search for the smallest or fastest model that keeps a bound on accuracy, and prove it.
+
+    Takes and raises what `quantize` does, with the fields of `CompressSettings` as settings. The
+    output holds the best model so far at any time; FILE.search beside it is what was found.
+    max_drop: points of the metric that may be lost, 0.5 by default. max_time: seconds after which
+    no plan is begun. resume: go on with what a search of the same has left. With a recipe that
+    names passes nothing is searched: they are carried out.
+    """
+    wanted = asked(COMPRESS, model, request)
+    if wanted.recipe is not None and wanted.recipe.passes:
+        return write(COMPRESS, replace(wanted, max_drop=max_drop))
+    start, settings = time.perf_counter(), wanted.settings or CompressSettings()
+    assert isinstance(settings, CompressSettings)
+    seeks: Literal["size", "speed"] = "size" if settings.minimize == "size" else "speed"
+    task = replace(COMPRESS, aim=replace(COMPRESS.aim, seeks=seeks))
+    job, bound = checked(task, wanted), BOUND if max_drop is None else max_drop
+    check_packing(job.output)
+    with naming(job.path):
+        found = searched(job, settings, bound, max_time, resume)
+    missed = found.missed or _missed_on_verdict(found.result.comparison, settings, bound)
+    report = _report(job, found.result, missed, True)
+    notes = (*found.notes, *report.notes)
+    report = replace(report, points=found.points, notes=notes)
+    return replace(report, memory_peak=peak_memory(), seconds=time.perf_counter() - start)
+
+
+def _missed_on_verdict(
+    comparison: Comparison, settings: CompressSettings, bound: float
+) -> tuple[str, ...]:
+    """The bound in points of classes, where that is what was asked for."""
+    if settings.metric not in ("", "top1", "agreement") or comparison.agreement is None:
+        return ()
+    if settings.metric == "agreement" or comparison.perplexity is not None:
+        comparison = replace(comparison, top1=None)
+    return missed_bounds(comparison, bound)
 
 
 def write(task: Task, request: Request) -> Report:

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxc.core import Context, Pass
-from onnxc.damage import Judge, Placed, outputs
+from onnxc.damage import FEW, felt, judge_of
 from onnxc.ends import ends
-from onnxc.graph import copy, is_spilling, opset
+from onnxc.graph import copy, opset
 from onnxc.matrices import Layer, error, layers
 from onnxc.numerics.bits import best
 from onnxc.numerics.rounding import rounded
@@ -34,25 +34,33 @@ Array = NDArray[Any]
 WIDTHS = (2, 3, 4, 5, 6, 8)
 TRIED = (2, 3, 4)  # bits at which layers are rounded to be measured
 JUDGED = 3  # bits at which the outputs of the model are looked at
-MOST = 1e3  # of g: a layer with next to no error tells nothing
-FEW = 1e-9  # of an error: nothing
 
 
 def planned(
     quantize: QuantizeLayers, average: float, piece: Workpiece, start: Sequence[Pass] = ()
 ) -> QuantizeLayers:
     """The pass with the bits of all layers that share the average. start: what goes before it."""
+    key = ("bits of layers", quantize, tuple(start))
+    found = piece.once(key, lambda: _found(quantize, piece, start))
+    if not found:
+        return quantize
+    names, noise, sizes = zip(*found, strict=True)
+    widths = best(list(noise), list(sizes), np.array(WIDTHS, np.float64), average)
+    pairs = zip(names, widths, strict=True)
+    return replace(quantize, widths=tuple(f"{name}={bits}" for name, bits in pairs))
+
+
+def _found(
+    quantize: QuantizeLayers, piece: Workpiece, start: Sequence[Pass]
+) -> list[tuple[str, Array, float]]:
+    """Each layer whose bits are not settled: its name, g D at all WIDTHS, and its weights."""
     begun = _after(start, piece)
     state = None if piece.has_data else PREPARED
     stats = gather(begun.model, quantize, begun.context, piece.calibration, piece.say, state)
     plan = Plan(quantize, replace(begun, context=replace(begun.context, stats=stats)))
     free = plan.free()
-    if not free:
-        return quantize
-    noise, sizes = plan.noise(free), [float(layer.size) for layer in free]
-    found = best(noise, sizes, np.array(WIDTHS, np.float64), average)
-    pairs = zip(free, found, strict=True)
-    return replace(quantize, widths=tuple(f"{layer.name}={bits}" for layer, bits in pairs))
+    pairs = zip(free, plan.noise(free), strict=True)
+    return [(layer.name, noise, float(layer.size)) for layer, noise in pairs]
 
 
 def _after(start: Sequence[Pass], piece: Workpiece) -> Workpiece:
@@ -87,19 +95,12 @@ class Plan:
 
     def noise(self, free: Sequence[Layer]) -> list[Array]:
         """g_l D_l of each layer at all WIDTHS."""
-        judge, found = self._judge(), []
+        judge, found = judge_of(self.piece, is_noise=True), []
         for number, layer in enumerate(free):
             self.piece.say(f"quantize: trying bits {number}/{len(free)}")
             lost, made = self._lost(layer)
-            gain = 1.0 if judge is None else self._gain(judge, layer, lost[JUDGED], made)
-            found.append(gain * self._curve(layer, lost))
+            found.append(felt(judge, layer, made, lost[JUDGED]) * self._curve(layer, lost))
         return found
-
-    def _judge(self) -> Judge | None:
-        piece = self.piece
-        if piece.judge is None or not piece.has_data or is_spilling(piece.model.graph):
-            return None
-        return Judge(piece, piece.judge, outputs(piece, piece.judge), is_noise=True)
 
     def _lost(self, layer: Layer) -> tuple[dict[int, float], Array]:
         """D at the bits that are TRIED, and the weight that is JUDGED."""
@@ -118,7 +119,3 @@ class Plan:
         widths = {b: wish.grid.width for b, wish in wishes.items()}
         curve = [lost.get(b, lost[last] * 4.0 ** (last - widths[b])) for b in WIDTHS]
         return np.minimum.accumulate(curve)
-
-    def _gain(self, judge: Judge, layer: Layer, lost: float, made: Array) -> float:
-        """g of a layer."""
-        return min(judge.damage(Placed(layer.name, made), self.context.stats) / lost, MOST)

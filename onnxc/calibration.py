@@ -49,12 +49,12 @@ from onnxc.request import (
     input_specs,
     naming,
     peak_memory,
-    silent,
     try_out,
 )
 from onnxc.runtime import Runtime
 from onnxc.shapes import infer
 from onnxc.targets import Target
+from onnxc.workpiece import silent
 from passes.equalize import Equalize
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import Literal
 from onnxc.core import Pass
 from onnxc.errors import OptionError
 from onnxc.numerics.sharing import Method
+from onnxc.price_plan import planned as priced
 from onnxc.storage.codebooks import NIBBLE, NIBBLE_OPSET, WIDEST, least_opset
 from onnxc.vector_plan import planned
 from onnxc.workpiece import Workpiece
@@ -18,7 +19,14 @@ from passes.quantize import Quantize
 from passes.store_codebooks import StoreCodebooks
 from passes.upgrade_opset import UpgradeOpset
 
-ONLY_VALUES = ("init", "refine", "gains", "price", "grid")  # settings that say nothing to vectors
+ONLY_VALUES = (
+    "init",
+    "refine",
+    "gains",
+    "price",
+    "prices",
+    "grid",
+)  # settings that say nothing to vectors
 ONLY_VECTORS = ("rate", "length", "books", "forms")
 
 
@@ -28,12 +36,22 @@ class ClusterSettings:
 
     method: what finds the values that weights share; pq, rq, kernels and filters find vectors.
     format: the model computes in float, or in integers with codebooks of int8 values.
+    loss: what the outputs of the model may lose, about: nats of their classes, or the share of
+    noise in other outputs; of ecsq, whose prices are then chosen for each layer by what the outputs
+    feel of it.
     """
 
     cluster: Cluster = field(default_factory=Cluster)
     vectors: ClusterVectors = field(default_factory=ClusterVectors)
     method: Method | VectorMethod = "dp"
     format: Literal["float", "int8-codebook"] = "float"
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss is not None and self.method != "ecsq":
+            raise OptionError("--loss is for --method ecsq: add it, or leave --loss out")
+        if self.loss is not None and self.loss <= 0:
+            raise OptionError(f"--loss is more than 0, not {self.loss:g}")
 
     @property
     def suffix(self) -> str:
@@ -48,6 +66,8 @@ def ways(settings: ClusterSettings, piece: Workpiece) -> Mapping[str, tuple[Pass
     _refuse(settings.vectors, ONLY_VECTORS, settings.method)
     bits, is_float = settings.cluster.bits, settings.format == "float"
     cluster = settings.cluster if is_float else replace(settings.cluster, grid="int8")
+    if settings.loss is not None:
+        cluster = priced(cluster, settings.loss, piece)
     opset = NIBBLE_OPSET if bits == NIBBLE else max(map(least_opset, range(1, WIDEST + 1)))
     integers: tuple[Pass, ...] = () if is_float else (Quantize(per_tensor=True),)
     first: tuple[Pass, ...] = (UpgradeOpset(opset), cluster)

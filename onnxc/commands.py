@@ -17,7 +17,7 @@ from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
 from onnxc.html import page
 from onnxc.report import Report
-from onnxc.tasks import CLUSTER, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
+from onnxc.tasks import CLUSTER, COMPRESS, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 
 ModelArgument = click.Path(path_type=Path)
 Render = Callable[[Any], RenderableType]
@@ -32,8 +32,28 @@ class Example(click.Command):
         settings.setdefault("epilog", f"\b\nExample:\n  {example}")
         super().__init__(*arguments, **settings)
 
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """The first sentence, whole."""
+        return (self.help or "").split(".\n")[0].strip().rstrip(".")
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+FIRST_STEPS = """\b
+First steps:
+  onnxc inspect model.onnx
+  onnxc quantize model.onnx --data calib/ --preset imagenet -o model.int8.onnx
+  onnxc compress model.onnx --data calib/ --max-drop 0.5 -o model.best.onnx
+
+Completion of commands, options and files, for bash (zsh and fish likewise):
+
+\b
+  eval "$(_ONNXC_COMPLETE=bash_source onnxc)"
+"""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=FIRST_STEPS,
+)
 @click.version_option(package_name="onnxc", message="%(prog)s %(version)s")
 def onnxc() -> None:
     """Make trained ONNX models smaller and faster, and prove every file that is written."""
@@ -111,22 +131,32 @@ def bench(context: click.Context, /, **settings: Any) -> None:
     _present(found, console.render_benchmark, settings)
 
 
+VAL = click.option(
+    "--val", metavar="SOURCE", help="Samples that the result is judged by [default: --data]."
+)
+
+
 def writing(task: Task) -> options.Decorator[Any]:
     """The arguments and options of a writing command."""
     bound = click.option(
         "--max-drop", type=float, help="Points of top-1 (or agreement) that may be lost."
     )
-    val = click.option(
-        "--val", metavar="SOURCE", help="Samples that the result is judged by [default: --data]."
-    )
     return options.group_of(
-        *(click.argument("model", type=ModelArgument), options.output(), options.data(), val),
+        *(click.argument("model", type=ModelArgument), options.output(), options.data(), VAL),
         *(options.stats, options.target, options.from_fields(task.settings), options.nodes),
         *(options.max_memory, options.cluster, options.runtime, options.seed, bound),
         click.option("--strict", is_flag=True, help="Write nothing when a bound is missed."),
         click.option("--dry-run", is_flag=True, help="List the effect, write nothing."),
         *(options.recipes, options.html, options.shown, click.pass_context),
     )
+
+
+searching = options.group_of(
+    *(click.argument("model", type=ModelArgument), options.output(), options.data(), VAL),
+    *(options.search, options.from_fields(COMPRESS.settings), options.target, options.nodes),
+    *(options.max_memory, options.cluster, options.runtime, options.seed),
+    *(options.recipes, options.html, options.shown, click.pass_context),
+)
 
 
 @onnxc.command(
@@ -176,6 +206,29 @@ def cluster(context: click.Context, /, **settings: Any) -> int:
     return _write(CLUSTER, api.cluster, context, settings)
 
 
+@onnxc.command(
+    cls=Example,
+    example="onnxc compress model.onnx --data calib/ --max-drop 0.5 --minimize latency\n"
+    "  onnxc compress model.onnx --data calib/ --minimize size --max-time 1h -o model.onnxz\n"
+    "  onnxc compress model.onnx --data calib/ --recipe deep-compression -o model.onnxz",
+)
+@searching
+def compress(context: click.Context, /, **settings: Any) -> int:
+    """Search for the best of all methods under a bound on accuracy, and prove it.
+
+    The output holds the best model so far at any time.
+    """
+    _check_page(settings, "model", "output", "data", "val", "recipe")
+    request = _request(COMPRESS, context, settings)
+    bounds = _some(settings, "max_drop", "max_time", "resume")
+    with progress(settings) as say, options.cluster_of(context, settings["model"]) as client:
+        found = api.compress(settings["model"], **request, **bounds, progress=say, client=client)
+    _present(found, console.render, settings)
+    if settings["print_recipe"] and not settings["as_json"]:
+        click.echo(found.recipe)
+    return EXIT_MISSED if found.missed else 0
+
+
 def _write(
     task: Task, write: Callable[..., Report], context: click.Context, settings: dict[str, Any]
 ) -> int:
@@ -208,7 +261,8 @@ def _request(task: Task, context: click.Context, settings: dict[str, Any]) -> di
         "settings": options.build(context, task.settings),
         "runtime": options.runtime_of(context),
         "preprocess": options.preprocess_of(context),
-        **_some(settings, "data", "val", "stats", "output", "max_memory"),
+        **_some(settings, "data", "val", "output", "max_memory"),
+        "stats": settings.get("stats"),
         **override,
     }
 

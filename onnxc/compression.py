@@ -54,7 +54,7 @@ class Plan:
 
     def is_meant(self, step: Step) -> bool:
         """Whether a step does what was asked for, and not only helps."""
-        return step.name.startswith(self.task.name)
+        return self.task.is_meant(step.name)
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,25 @@ class Attempt:
         return tuple(change for step in steps for change in step.changes)
 
 
+def begin(
+    plan: Plan,
+    model: Model,
+    calibration: Calibration,
+    judge: Dataset,
+    runtime: Runtime = Runtime(),
+    progress: Progress | None = None,
+) -> tuple[Workpiece, tuple[Step, ...]]:
+    """The model, prepared in place, with what may be measured of it, and what was done to it."""
+    feed = next(iter(judge.batches(1)))
+    prepared = prepare(model, feed, progress=progress)
+    check_prepared(model, calibration)
+    calibration = replace(calibration, original=model)
+    infer(model, feed)
+    context = Context(opset(model.graph), plan.target, seed=plan.seed, only=plan.only)
+    piece = Workpiece(model, context, calibration, feed, runtime, progress or silent, judge)
+    return piece, tuple(prepared)
+
+
 def attempt(
     plan: Plan,
     model: Model,
@@ -156,16 +175,11 @@ def attempt(
     The model is prepared in place; each candidate is another one. judge: samples that no statistic
     sees.
     """
-    feed = next(iter(judge.batches(1)))
-    prepared = prepare(model, feed, progress=progress)
-    check_prepared(model, calibration)
-    calibration = replace(calibration, original=model)
-    infer(model, feed)
-    context = Context(opset(model.graph), plan.target, seed=plan.seed, only=plan.only)
-    piece = Workpiece(model, context, calibration, feed, runtime, progress or silent, judge)
+    piece, prepared = begin(plan, model, calibration, judge, runtime, progress)
     ways = plan.ways(piece)
-    built = search.build(model, ways, context, calibration, feed, progress)
-    return Attempt(plan, piece, tuple(prepared), ways, built)
+    known = piece.calibration
+    built = search.build(model, ways, piece.context, known, piece.feed, progress)
+    return Attempt(plan, piece, prepared, ways, built)
 
 
 def compress_model(
@@ -183,15 +197,23 @@ def compress_model(
     candidates are chosen by them. validation: samples that no choice saw either; the verdict is
     given on them, or on `judge` where there are none.
     """
-    feed, original = next(iter(judge.batches(1))), copy(model)
+    original = copy(model)
     tried = attempt(plan, model, calibration, judge, runtime, progress)
-    if progress is not None:
-        progress("measuring")
+    return proven(tried, original, judge, validation)
+
+
+def proven(
+    tried: Attempt, original: Model, judge: Dataset, validation: Dataset | None
+) -> Compressed:
+    """The best candidate with its proof. original: the model before it was prepared."""
+    piece, plan = tried.piece, tried.plan
+    model, runtime, calibration = piece.model, piece.runtime, piece.calibration
+    piece.say("measuring")
     found, latency = search.trials(original, tried.built, judge, runtime, client=calibration.client)
     chosen = search.best(found)
-    safe = plan.rescue(tried.piece) if search.falls_short(chosen) else {}
+    safe = plan.rescue(piece) if search.falls_short(chosen) else {}
     if safe.keys() - tried.ways.keys():
-        more = search.build(model, safe, tried.piece.context, calibration, feed, progress)
+        more = search.build(model, safe, piece.context, calibration, piece.feed, piece.say)
         tried = replace(tried, ways={**tried.ways, **safe}, built={**tried.built, **more})
         found, latency = search.trials(
             original, tried.built, judge, runtime, client=calibration.client
@@ -201,7 +223,7 @@ def compress_model(
     if validation is not None:
         comparison = compare(original, chosen.model, validation, runtime)
     changes, skips = tried.results(chosen.name)
-    needed = excess([original, chosen.model], feed)
+    needed = excess([original, chosen.model], dict(piece.feed))
     untimed = (search.untimed(needed, model.memory),) if needed else ()
     seeks = plan.task.aim.seeks
     return Compressed(
@@ -211,7 +233,7 @@ def compress_model(
         skips,
         (*_choice(found, chosen), *untimed, *_failed(tried, chosen), *calibration.notes),
         comparison,
-        coverage(chosen.model, runtime) if seeks == "integers" else None,
+        coverage(chosen.model, runtime) if seeks == "integers" or plan.task.is_search else None,
         latency,
         chosen.latency,
         chosen.ratio,

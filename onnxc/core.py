@@ -127,7 +127,7 @@ class Sequential(Protocol):
 
 @runtime_checkable
 class Rescales(Protocol):
-    """A pass that leaves what the graph computes, but not what its tensors hold.
+    """A pass that leaves what the graph computes, but not what its tensors hold, or how much.
 
     Later passes compare with the graph that it leaves, not with the original.
     """

@@ -30,7 +30,7 @@ from onnxc.channels.criteria import View, rank
 from onnxc.core import Change, Context, Key, Pass, Skip
 from onnxc.errors import ModelError
 from onnxc.graph import copy, is_spilling, runnable
-from onnxc.matrices import layers, put
+from onnxc.matrices import Layer, layers, put
 from onnxc.numerics.allocation import Curve, through
 from onnxc.runtime import run, session
 from onnxc.workpiece import Workpiece
@@ -41,8 +41,10 @@ Outputs = list[dict[str, Array]]
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of a group's channels, at which damage is measured
 MOST = 0.75  # of a group's channels that may go
-SECONDS, FEWEST = 300.0, 2  # of measuring; samples in each run, whatever that takes
+FEWEST = 2  # samples in each run, whatever that takes
 BATCH = 16  # samples in a run, where the model takes them
+FEW = 1e-9  # of the power of a layer's outputs: nothing
+MOST_FELT = 1e3  # of g: a layer with next to no error tells nothing
 WORST = 10.0  # damage beyond which it makes no difference
 
 
@@ -75,6 +77,24 @@ class Judge:
         except ModelError:
             return WORST
         return min(_distance(self.reference, made, _noise if self.is_noise else _apart), WORST)
+
+
+def judge_of(piece: Workpiece, is_noise: bool = False) -> Judge | None:
+    """A judge by the samples to choose by; None without data, or where memory holds no copy."""
+    if piece.judge is None or not piece.has_data or is_spilling(piece.model.graph):
+        return None
+    return Judge(piece, piece.judge, outputs(piece, piece.judge), is_noise)
+
+
+def felt(judge: Judge | None, layer: Layer, made: Array, lost: float) -> float:
+    """g: what the outputs of the model lose for each unit that a layer alone loses; 1 if unknown.
+
+    made: its weight, changed such that the layer loses `lost` of the power of its outputs.
+    """
+    if judge is None:
+        return 1.0
+    damage = judge.damage(Placed(layer.name, made), judge.piece.context.stats)
+    return min(damage / max(lost, FEW), MOST_FELT)
 
 
 @dataclass(frozen=True)
@@ -123,10 +143,10 @@ def measure(
 
 
 def affordable(piece: Workpiece, samples: Dataset, runs: int) -> Dataset:
-    """As many of the samples as can be run so often in SECONDS, but a few."""
+    """As many of the samples as can be run so often in the time there is, but a few."""
     start = time.perf_counter()
     outputs(piece, samples.subset([0]))
-    most = SECONDS / (max(runs, 1) * (time.perf_counter() - start))
+    most = piece.patience / (max(runs, 1) * (time.perf_counter() - start))
     count = min(len(samples), max(FEWEST, int(most)))
     return samples.subset([i * len(samples) // count for i in range(min(count, len(samples)))])
 

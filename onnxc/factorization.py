@@ -22,7 +22,6 @@ from onnxc.errors import OptionError
 from onnxc.lowrank.alternatives import MARGIN, SHARES, WHOLE, Alternative, Options, Trial, sketched
 from onnxc.lowrank.layers import Layer, find_layers
 from onnxc.numerics.choices import choose
-from onnxc.profile import node_times
 from onnxc.workpiece import Workpiece
 from passes.factorize import Factorize, Method
 from passes.reconstruct import Reconstruct
@@ -158,7 +157,8 @@ def _planned(settings: FactorizeSettings, piece: Workpiece) -> Factorize:
     if (is_plain and not settings.wants_speed) or not free:
         return given
     trial = Trial(piece, free, given, shares, unit, settings.wants_speed)
-    plan = Plan(settings, trial, trial.options())
+    key = ("alternatives", given, unit, settings.wants_speed)
+    plan = Plan(settings, trial, piece.once(key, trial.options))
     return plan.decided(plan.faster() if settings.wants_speed else plan.settled())
 
 
@@ -265,7 +265,7 @@ def _sizes(unit: str, piece: Workpiece, free: Sequence[Layer]) -> tuple[list[flo
         heavy = (layer for layer in find_layers(graph, piece.context) if layer.obstacle)
         return sizes, float(sum(layer.size for layer in heavy))
     if unit == "latency":
-        costs: Mapping[str, float] = node_times(piece.model, piece.feed, piece.runtime)
+        costs: Mapping[str, float] = piece.times.of(piece.model, piece.feed, piece.runtime)
     else:
         costs = macs_by_node(piece.model)
     sizes = [sum(costs.get(node.name, 0.0) for node in layer.nodes) for layer in free]

@@ -177,7 +177,7 @@ def check_labels(labels: Array, outputs: Mapping[str, Any]) -> None:
     labels: (N,) or (N, T) integers. outputs: of one run, by name.
     """
     scored = ((name, x) for name, value in outputs.items() if (x := _numbers(value)) is not None)
-    rows = ((n, _classes(x, labels.ndim == 1)) for n, x in scored if x.dtype.kind in "fV")
+    rows = ((n, class_scores(x, labels.ndim == 1)) for n, x in scored if x.dtype.kind in "fV")
     name, scores = next(((n, x) for n, x in rows if x.ndim >= 2 and x.shape[-1] > 1), ("", None))
     if scores is None or not labels.size:
         return
@@ -203,7 +203,16 @@ def _numbers(value: Any) -> Array | None:
     return value if isinstance(value, np.ndarray) and value.dtype.kind in "fiubV" else None
 
 
-def _classes(x: Array, one_label: bool = False) -> Array:
+def has_classes(value: Any, one_label: bool = False) -> bool:
+    """Whether an output is of float scores, more than one of them in each place."""
+    x = _numbers(value)
+    if x is None or x.dtype.kind not in "fV":
+        return False
+    z = class_scores(x, one_label)
+    return z.ndim >= 2 and z.shape[-1] > 1
+
+
+def class_scores(x: Array, one_label: bool = False) -> Array:
     """(…, classes): trailing axes of length 1 dropped, or one row a sample."""
     if one_label and x.ndim > 2:
         return x.reshape(len(x), -1)
@@ -227,7 +236,7 @@ class _Tally:
 
     def update(self, ref: Array, out: Array, one_label: bool) -> None:
         self.elements += ref.size
-        self._agree(_classes(ref, one_label), _classes(out, one_label))
+        self._agree(class_scores(ref, one_label), class_scores(out, one_label))
         for start in range(0, ref.size, PIECE):
             pieces = (x.reshape(-1)[start : start + PIECE].astype(np.float64) for x in (ref, out))
             self._add(*pieces)
@@ -273,8 +282,8 @@ class _Scores:
     won: int = 0
 
     def of(self, name: str, ref: Array) -> bool:
-        if self.name is None and ref.dtype.kind in "fV" and _classes(ref).ndim >= 2:
-            self.name = name if _classes(ref).shape[-1] > 1 else None
+        if self.name is None and ref.dtype.kind in "fV" and class_scores(ref).ndim >= 2:
+            self.name = name if class_scores(ref).shape[-1] > 1 else None
         return self.name == name
 
     def update(self, ref: Array, out: Array, targets: Array | None) -> None:
@@ -289,7 +298,7 @@ class _Scores:
             self.hits[row] += int(right[row].sum()), _among_five(scores, targets)
             if targets.ndim == 2:
                 self.is_tokens = True
-                self.surprise[row] += _surprise(scores, targets)
+                self.surprise[row] += surprise(scores, targets).sum()
         self.count += targets.size
         self.lost += int((right[0] & ~right[1]).sum())
         self.won += int((right[1] & ~right[0]).sum())
@@ -313,15 +322,18 @@ def _pair(both: Array) -> Pair:
 
 def _targets(labels: Array | None, feed: dict[str, Array]) -> Array | None:
     """The right classes: the labels, or the next tokens of a single (N, T) integer input."""
-    if labels is not None:
-        return labels
+    return next_tokens(feed) if labels is None else labels
+
+
+def next_tokens(feed: Mapping[str, Any]) -> Array | None:
+    """(N, T - 1) tokens to be foretold, where a single (N, T) integer input holds them."""
     tokens = [x for x in feed.values() if x.ndim == 2 and x.dtype.kind in "iu"]
     return tokens[0][:, 1:] if len(tokens) == len(feed) == 1 else None
 
 
 def _aligned(logits: Array, targets: Array) -> Array | None:
     """(…, classes) scores, one row a target; None where the shapes do not fit."""
-    scores = _classes(logits, one_label=targets.ndim == 1)
+    scores = class_scores(logits, one_label=targets.ndim == 1)
     if targets.ndim == 2:
         scores = scores[:, : targets.shape[1]]
     fits = scores.shape[:-1] == targets.shape and targets.size
@@ -334,7 +346,8 @@ def _among_five(scores: Array, targets: Array) -> int:
     return int(((scores > own).sum(-1) < 5).sum())
 
 
-def _surprise(scores: Array, targets: Array) -> float:
+def surprise(scores: Array, targets: Array) -> Array:
+    """−log softmax of the targets, in their shape. scores: (…, classes)."""
     z = scores.astype(np.float64) - scores.max(-1, keepdims=True)
     own = np.take_along_axis(z, targets[..., None].astype(np.int64), -1)[..., 0]
-    return float((np.log(np.exp(z).sum(-1)) - own).sum())
+    return np.asarray(np.log(np.exp(z).sum(-1)) - own)

@@ -24,6 +24,7 @@ from calib.data import PRESETS, Preprocess
 from onnxc import typed
 from onnxc.calibration import KINDS, WHAT
 from onnxc.paths import existing
+from onnxc.recipe import shipped
 from onnxc.runtime import LEVELS, Runtime
 from onnxc.targets import TARGETS
 
@@ -32,6 +33,7 @@ T = TypeVar("T")
 Decorator = Callable[[F], F]
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
@@ -44,6 +46,14 @@ def amount(text: str) -> int:
     if not count:
         raise click.BadParameter(f"{text!r} is no memory at all; write 400MB or 2GB")
     return count
+
+
+def duration(text: str) -> float:
+    """Seconds from 90s, 10m, 1.5h, or a plain number. Raises click.BadParameter."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text.lower())
+    if not found or not float(found[1]):
+        raise click.BadParameter(f"{text!r} is no time; write 90s, 10m or 1.5h")
+    return float(found[1]) * SECONDS[found[2]]
 
 
 def reader(kind: Any) -> Callable[[str], Any]:
@@ -295,13 +305,29 @@ cluster = group_of(
         help="Gather them on the workers of a Dask scheduler, such as tcp://10.0.0.1:8786.",
     ),
 )
+search = group_of(
+    click.option(
+        "--max-drop",
+        type=float,
+        help="Points of the metric that may be lost.  [default: 0.5]",
+    ),
+    click.option(
+        "--max-time",
+        type=duration,
+        default="10m",
+        show_default=True,
+        metavar="TIME",
+        help="When to stop, such as 90s, 10m or 1.5h; what was found until then is kept.",
+    ),
+    click.option("--resume", is_flag=True, help="Go on where a search of the same was stopped."),
+)
 recipes = group_of(
     click.option(
         "--recipe",
         type=click.Path(path_type=Path),
         metavar="FILE|NAME",
-        help="Replay a recipe, a TOML file or one of onnxc's own: deep-compression. Options given "
-        "beside it override it.",
+        help=f"Replay a recipe, a TOML file or one of onnxc's own: {', '.join(shipped())}. Options "
+        "given beside it override it.",
     ),
     click.option("--print-recipe", is_flag=True, help="Print the recipe that replays the result."),
 )

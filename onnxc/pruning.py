@@ -26,7 +26,6 @@ from onnxc.errors import OptionError
 from onnxc.graph import copy
 from onnxc.numerics.allocation import allocate, uniform_under
 from onnxc.pipeline import PREPARED, gather
-from onnxc.profile import node_times
 from onnxc.workpiece import Workpiece
 from passes.prune import Part, Prune, parts
 from passes.reconstruct import Reconstruct
@@ -122,7 +121,9 @@ def _allocated(settings: PruneSettings, piece: Workpiece) -> Prune:
         return prune
     stats = gather(piece.model, prune, piece.context, piece.calibration, piece.say, state=PREPARED)
     multiple = piece.context.target.channels
-    found = measure(piece, prune, free, stats, multiple)
+    found = piece.once(
+        ("damage of channels", prune), lambda: measure(piece, prune, free, stats, multiple)
+    )
     costs = _budget(what, piece, free)
     if what != "latency":
         return replace(prune, remove=_counts(settings, found, costs, share))
@@ -142,7 +143,7 @@ def _budget(what: str, piece: Workpiece, free: Sequence[Part]) -> Budget:
     if what == "MACs":
         return budget(graph, channels, groups, macs_by_node(piece.model))
     piece.say("prune: timing layers")
-    times = node_times(piece.model, piece.feed, piece.runtime)
+    times = piece.times.of(piece.model, piece.feed, piece.runtime)
     return budget(graph, channels, groups, times, piece.context.target.channels)
 
 

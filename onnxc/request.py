@@ -34,6 +34,7 @@ from onnxc.storage.package import plain
 from onnxc.targets import choose as choose_target
 from onnxc.targets import misjudged
 from onnxc.tasks import Settings, Task
+from onnxc.workpiece import silent
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -118,6 +119,7 @@ class Job:
     calibration: Calibration
     samples: Samples
     runtime: Runtime = Runtime()
+    say: Progress = silent
 
     @property
     def headline(self) -> str:
@@ -162,7 +164,7 @@ class Job:
         counts = f"calibrated on {' and '.join(made)}, {task} on {len(judge)} {whose}"
         if validation is None:
             return counts
-        others = "others of it" if whose == OF_VALIDATION else OF_VALIDATION
+        others = "others of it" if whose == OF_VALIDATION else self.samples.judges
         return f"{counts}, judged on {len(validation)} {others}"
 
 
@@ -191,13 +193,14 @@ def checked(task: Task, request: Request) -> Job:
     check_input(opened, str(path))
     only = given.only.resolve(opened.graph)
     known = None if wanted.stats is None else statistics.load(wanted.stats, digest(opened))
-    samples = _samples(path, source, val, given, request.runtime, known)
+    samples = _samples(path, source, val, given, request.runtime, known, task.is_search)
     exact = replace(given, target=row.name, calibration=replace(wanted, max_memory=memory))
     plan = Plan(task, settings, row, only, given.passes, given.seed)
     calibration = Calibration(
         samples.kept, memory, threads=THREADS, known=known, client=request.client
     )
-    return Job(*(path, place, opened, plan, exact, source, calibration, samples), request.runtime)
+    rest = (plan, exact, source, calibration, samples, request.runtime, request.say)
+    return Job(path, place, opened, *rest)
 
 
 def enough_memory(model: Path) -> int:
@@ -215,7 +218,13 @@ def subject(path: Path, memory: int | None = None) -> Path | Model:
 
 
 def _samples(
-    path: Path, source: Any, val: Any, recipe: Recipe, runtime: Runtime, known: Statistics | None
+    path: Path,
+    source: Any,
+    val: Any,
+    recipe: Recipe,
+    runtime: Runtime,
+    known: Statistics | None,
+    is_search: bool,
 ) -> Samples:
     """Samples to calibrate on, to choose by and to validate with; the model was run on some."""
     specs, wanted, seed = input_specs(path), recipe.calibration, recipe.seed
@@ -226,7 +235,7 @@ def _samples(
         try_out(path, dataset, runtime, memory)
         return dataset
 
-    found = choose_samples(specs, source, val, known, opened, wanted.samples, seed)
+    found = choose_samples(specs, source, val, known, opened, wanted.samples, seed, is_search)
     if source is None:
         try_out(path, found.judge, runtime, memory)
     return found
@@ -271,10 +280,6 @@ def _mapped(model: Path) -> Any:
     if plain(model).stat().st_size < OUTLINED:
         return session(model, runtime)
     return open_stages(load(model), None, runtime).opened()
-
-
-def silent(text: str) -> None:
-    """Progress that nobody watches."""
 
 
 def peak_memory() -> int | None:

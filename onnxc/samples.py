@@ -7,7 +7,11 @@
     --stats         statistics                  synthesized                 the same
     nothing         synthesized                 others, synthesized         the same, or --val
 
-No sample that statistics saw chooses or judges.
+No sample that statistics saw chooses or judges. A search looks at the samples that choose again and
+again, so it gets more of them, and never the ones that judge:
+
+    --data          two of three, 256 at most   the rest                    --val
+    --data          half, 256 at most           half of the rest            the other half
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ HELD_OUT = 0.2  # share of the samples that judge the result
 MOST_HELD_OUT = 32
 MADE_UP = 16  # samples of each kind where they are synthesized
 OF_VALIDATION = "of the validation data"
+OTHERS = "others of --data"
+MOST_KEPT = 256  # samples that a search makes statistics of
 Open = Callable[[Any, int | None], Dataset]  # of a source, and how many samples of it
 
 
@@ -36,7 +42,8 @@ Open = Callable[[Any, int | None], Dataset]  # of a source, and how many samples
 class Samples:
     """kept: what statistics are gathered of, None where that is not possible. judge: samples to
     choose by, and to judge by where there is no validation; whose: where they come from, in words.
-    left_out: how many could not judge, because statistics saw them.
+    left_out: how many could not judge, because statistics saw them. judges: where those of
+    `validation` come from.
     """
 
     kept: Dataset | None
@@ -44,6 +51,7 @@ class Samples:
     validation: Dataset | None = None
     whose: str = "held out of them"
     left_out: int = 0
+    judges: str = OF_VALIDATION
 
 
 def choose_samples(
@@ -54,6 +62,7 @@ def choose_samples(
     open_source: Open,
     count: int | None,
     seed: int,
+    is_search: bool = False,
 ) -> Samples:
     """The samples of a request; `open_source` opens and tries one.
 
@@ -68,7 +77,7 @@ def choose_samples(
         return _without_data(specs, validation, known, count or MADE_UP, seed, left_out)
     samples = open_source(data, count)
     if known is None:
-        return Samples(*split(samples), validation)
+        return _searched(samples, validation) if is_search else Samples(*split(samples), validation)
     return _beside(samples, validation, known, left_out)
 
 
@@ -87,6 +96,23 @@ def split(dataset: Dataset, fresh: Sequence[int] | None = None) -> tuple[Dataset
         held = [fresh[i * len(fresh) // wanted] for i in range(wanted)]
     kept = [i for i in range(count) if i not in set(held)]
     return dataset.subset(kept), dataset.subset(held)
+
+
+def _searched(samples: Dataset, validation: Dataset | None) -> Samples:
+    """For a search. Raises DataError where there are not enough to judge what it finds."""
+    count = len(samples)
+    if count < 3 and validation is None:
+        raise DataError(
+            f"{count} samples cannot make statistics, choose and judge: give more --data, or --val"
+        )
+    step = 3 if validation is not None else 2
+    kept = [i for i in range(count) if i % step != step - 1] if count > 1 else [0]
+    kept = kept[:: -(-len(kept) // MOST_KEPT)]
+    rest = [i for i in range(count) if i not in set(kept)] or kept
+    if validation is not None:
+        return Samples(samples.subset(kept), samples.subset(rest), validation)
+    chooses, judges = samples.subset(rest[::2]), samples.subset(rest[1::2] or rest)
+    return Samples(samples.subset(kept), chooses, judges, judges=OTHERS)
 
 
 def _without_data(

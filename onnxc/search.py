@@ -58,6 +58,7 @@ Format = Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"]
 FLOOR = 15.0  # dB of output SQNR below which a candidate is no longer the same network
 TIE = 0.05  # speeds within this share are one speed on a shared machine
 Built = tuple[Model, tuple[Step, ...]]
+Way = tuple[Pass, ...]
 
 BLOCK: Literal[32] = 32  # values that share a scale of 4-bit weights
 WIDE_OPSET = 21  # of integers of 4 and 16 bits in standard operators
@@ -215,38 +216,71 @@ def _share(model: Model, ops: tuple[str, ...]) -> float:
     return sum(count for op, count in macs if op in ops) / total if total else float(bool(ops))
 
 
+class Builder:
+    """Makes candidates of one model; what several begin with is done once.
+
+    Statistics are those of the model that a pass gets, or of the last one before that has the same.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        context: Context,
+        calibration: Calibration,
+        feed: Mapping[str, Any],
+        progress: Progress | None = None,
+    ) -> None:
+        self.context, self.feed, self.progress = context, feed, progress
+        self._made: dict[Way, Built] = {PREPARED: (model, ())}
+        self._sources: dict[Way, Way] = {PREPARED: PREPARED}
+        self._known: dict[Way, Calibration] = {PREPARED: calibration}
+
+    def built(self, passes: Way) -> Built:
+        """The model that passes make, and what each did."""
+        for count in range(1, len(passes) + 1):
+            if passes[:count] not in self._made:
+                self._add(passes[:count])
+        return self._made[passes]
+
+    def calibration(self, passes: Way) -> Calibration:
+        """What passes behind these may have statistics of."""
+        return self._known[passes]
+
+    def forget(self, *kept: Way) -> None:
+        """Drop all models but those of these passes, and what they are made of."""
+        needed = {way[:count] for way in (PREPARED, *kept) for count in range(len(way) + 1)}
+        needed |= {self._sources[way] for way in needed if way in self._sources}
+        for table in (self._made, self._sources, self._known):
+            for way in table.keys() - needed:
+                del table[way]
+
+    def _add(self, path: Way) -> None:
+        *start, pass_ = path
+        known = self._known[tuple(start)]
+        before, steps = self._made[tuple(start)]
+        result, last = copy(before), steps[-1].after if steps else None
+        source = self._sources[tuple(start)]
+        (step,) = compress(
+            *(result, [pass_], self.context, known, self.feed, self.progress, last),
+            state=source,
+            source=self._made[source][0],
+        )
+        self._made[path] = result, (*steps, step)
+        self._known[path] = renewed(pass_, step, result, known)
+        self._sources[path] = source if keeps_statistics(pass_, step) else path
+
+
 def build(
     model: Model,
-    ways: Mapping[str, tuple[Pass, ...]],
+    ways: Mapping[str, Way],
     context: Context,
     calibration: Calibration,
     feed: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> dict[str, Built]:
-    """Each candidate's model and what each pass did; what candidates begin with is done once.
-
-    Statistics are those of the model that a pass gets, or of the last one before that has the same.
-    """
-    made: dict[tuple[Pass, ...], Built] = {PREPARED: (model, ())}
-    sources: dict[tuple[Pass, ...], tuple[Pass, ...]] = {PREPARED: PREPARED}
-    known: dict[tuple[Pass, ...], Calibration] = {PREPARED: calibration}
-    for passes in ways.values():
-        for count, pass_ in enumerate(passes, 1):
-            path, start = passes[:count], passes[: count - 1]
-            if path in made:
-                continue
-            before, steps = made[start]
-            result, last = copy(before), steps[-1].after if steps else None
-            source = sources[start]
-            (step,) = compress(
-                *(result, [pass_], context, known[start], feed, progress, last),
-                state=source,
-                source=made[source][0],
-            )
-            made[path] = result, (*steps, step)
-            known[path] = renewed(pass_, step, result, known[start])
-            sources[path] = source if keeps_statistics(pass_, step) else path
-    return {name: made[passes] for name, passes in ways.items()}
+    """Each candidate's model and what each pass did; what candidates begin with is done once."""
+    builder = Builder(model, context, calibration, feed, progress)
+    return {name: builder.built(passes) for name, passes in ways.items()}
 
 
 def trials(
@@ -264,16 +298,16 @@ def trials(
     """
     subjects = {name: _subject(result) for name, (result, _) in built.items()}
     whole = _subject(original)
-    times = _times(whole, subjects, heldout, runtime, repeats)
+    taken = times(whole, subjects, heldout, runtime, repeats)
     contest = Contest(whole, subjects, heldout, runtime, batch=FEW)
     found = []
     for (name, (result, steps)), comparison in zip(
         built.items(), compared(contest, client), strict=True
     ):
-        before, after = times.get(name, (None, None))
+        before, after = taken.get(name, (None, None))
         ratio = speedup(before, after) if before and after else None
         found.append(Trial(name, result, steps, comparison, file_size(result), after, ratio))
-    return found, next((before for before, _ in times.values()), None)
+    return found, next((before for before, _ in taken.values()), None)
 
 
 def _subject(model: Model) -> Subject:
@@ -281,7 +315,7 @@ def _subject(model: Model) -> Subject:
     return to_bytes(model) if model.scratch is None else model
 
 
-def _times(
+def times(
     original: Subject,
     candidates: Mapping[str, Subject],
     heldout: Dataset,
@@ -301,8 +335,8 @@ def _times(
     found: dict[str, tuple[Latency, Latency]] = {}
     for group in groups:
         models = {"float": original, **group}
-        times = time_interleaved(models, feeds, runtime, repeats, min_time=TIMING)
-        found |= {name: (times["float"], times[name]) for name in group}
+        taken = time_interleaved(models, feeds, runtime, repeats, min_time=TIMING)
+        found |= {name: (taken["float"], taken[name]) for name in group}
     return found
 
 

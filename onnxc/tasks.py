@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from onnxc import clustering, factorization, pruning, quantization, sparsification
+from onnxc.anytime.settings import CompressSettings
 from onnxc.clustering import ClusterSettings
 from onnxc.core import Pass
+from onnxc.errors import OptionError
 from onnxc.factorization import FactorizeSettings
 from onnxc.pruning import PruneSettings
 from onnxc.quantization import QuantizeSettings
@@ -44,8 +46,9 @@ class Task:
 
     settings: the class of its settings. ways: the passes that may do it, by the name of the way;
     of several, the best by measurement is kept. rescue: ways that are tried where those fall
-    short. missed: sentences for what was asked for and is not reached. Steps whose name starts
-    with that of the aim are what was asked for; others help.
+    short. missed: sentences for what was asked for and is not reached. is_search: whether
+    candidates are looked for, again and again, on samples of their own. Steps whose name starts
+    with that of the aim, or with one of the parts, are what was asked for; others help.
     """
 
     aim: Aim
@@ -53,10 +56,20 @@ class Task:
     ways: Callable[[Any, Workpiece], Ways]
     rescue: Callable[[Any, Workpiece], Ways] = _no_rescue
     missed: Callable[[Any, Any], tuple[str, ...]] = _no_goal
+    is_search: bool = False
+    parts: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return self.aim.name
+
+    def is_meant(self, step: str) -> bool:
+        """Whether a step does what was asked for, and not only helps."""
+        return step.startswith(self.parts or (self.name,))
+
+
+def _no_ways(settings: Any, piece: Workpiece) -> Ways:
+    raise OptionError("the recipe has no [[pass]]: add some, or leave --recipe out to search")
 
 
 QUANTIZE = Task(
@@ -74,3 +87,10 @@ FACTORIZE = Task(
     missed=factorization.missed,
 )
 CLUSTER = Task(Aim("cluster", "clustered", "size"), ClusterSettings, clustering.ways)
+COMPRESS = Task(
+    Aim("compress", "compressed"),
+    CompressSettings,
+    _no_ways,
+    is_search=True,
+    parts=("prune", "factorize", "sparsify", "cluster", "quantize"),
+)

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxc.damage import Judge, Placed, outputs
-from onnxc.graph import is_spilling
+from onnxc.damage import FEW, Judge, felt, judge_of
 from onnxc.matrices import Layer, error, layers
 from onnxc.numerics.choices import choose
 from onnxc.numerics.sparse import Quadratic
@@ -36,8 +35,6 @@ Array = NDArray[Any]
 
 SPREAD = 2.5  # rates that are tried are within this factor of the one that is asked for
 SCALED = 0.03  # of the bytes of a layer: scales are worth it up to that
-MOST = 1e3  # of g: a layer with next to no error tells nothing
-FEW = 1e-9  # of an error: nothing
 
 
 @dataclass(frozen=True)
@@ -129,20 +126,15 @@ class Plan:
 
     def _gains(self, pairs: Sequence[tuple[Layer, list[Option]]]) -> list[float]:
         """g of each layer."""
-        piece = self.piece
-        if piece.judge is None or not piece.has_data or is_spilling(piece.model.graph):
-            return [1.0] * len(pairs)
-        judge = Judge(piece, piece.judge, outputs(piece, piece.judge))
-        found = []
+        judge, found = judge_of(self.piece), []
         for number, (layer, some) in enumerate(pairs):
-            piece.say(f"cluster: measuring {number}/{len(pairs)}")
+            self.piece.say(f"cluster: measuring {number}/{len(pairs)}")
             found.append(self._gain(judge, layer, some))
         return found
 
-    def _gain(self, judge: Judge, layer: Layer, some: Sequence[Option]) -> float:
+    def _gain(self, judge: Judge | None, layer: Layer, some: Sequence[Option]) -> float:
         W, E = layer.matrix, error(layer, self.piece.context)
         middle = sorted(some, key=lambda option: option.lost)[len(some) // 2].form
         made = start(W, E, middle, self.piece.context.seed).weight
         lost = E.error(W - made) / max(E.error(W), 1e-300)
-        damage = judge.damage(Placed(layer.name, made), self.piece.context.stats)
-        return min(damage / max(lost, FEW), MOST)
+        return felt(judge, layer, made, lost)

@@ -59,8 +59,10 @@ class Cluster:
     hessian, ecsq and gmm start. refine: whether codes and values are then fitted to the outputs.
     reconstruct: whether outputs ought to be those of the original model, or those of the layer.
     gains: whether each output has a factor of its own; auto: where that does more than longer codes
-    would. price: of ecsq, what a bit of code length is worth, in bits of accuracy. grid: values are
-    any floats, or int8 times one scale. smallest: bytes below which a weight is left alone.
+    would, and never for ecsq, whose codes of weak outputs are short anyway. price: of ecsq, what a
+    bit of code length is worth, in bits of accuracy. prices: the same of some layers, as
+    NODE=SHARE, in shares of the power of the layer's outputs. grid: values are any floats, or int8
+    times one scale. smallest: bytes below which a weight is left alone.
     """
 
     name: ClassVar[str] = "cluster"
@@ -73,6 +75,7 @@ class Cluster:
     reconstruct: bool = True
     gains: Literal["auto", "never", "always"] = "auto"
     price: float = 1.0
+    prices: tuple[str, ...] = ()
     grid: Literal["float", "int8"] = "float"
     smallest: int = 1024
 
@@ -83,6 +86,22 @@ class Cluster:
             raise OptionError(f"price is 0 or more, not {self.price:g}")
         if self.grid == "int8" and self.gains == "always":
             raise OptionError("values on one grid of int8 have no gains: leave out --gains always")
+        if any(price < 0 for price in self.of_layers.values()):
+            raise OptionError("prices are 0 or more")
+
+    @property
+    def of_layers(self) -> dict[str, float]:
+        """Prices by layer. Raises OptionError for an entry that is not NODE=SHARE."""
+        found = {}
+        for text in self.prices:
+            name, _, share = text.rpartition("=")
+            try:
+                found[name] = float(share)
+            except ValueError as error:
+                raise OptionError(
+                    f"prices are NODE=SHARE, such as /conv1=1e-7, not {text!r}"
+                ) from error
+        return found
 
     @property
     def summary(self) -> str:
@@ -136,7 +155,9 @@ class Cluster:
         """The weight on a codebook, with gains of outputs in front where they are worth it."""
         has_zeros = layer.zeros >= PINNED * layer.size
         W = np.where(layer.matrix == 0, 0, W) if has_zeros else W
-        book, gains = self.shared(W, E, layer, has_zeros, seed)
+        price = self.of_layers.get(layer.name)
+        unit = None if price is None else price * E.error(W)
+        book, gains = self.shared(W, E, layer, has_zeros, seed, unit)
         has_gains = bool((gains != 1).any())
         what = f"{len(book.levels)} values" + (" with gains" if has_gains else "")
         if self.method == "ecsq":
@@ -144,44 +165,61 @@ class Cluster:
         return Made(gains * book.weight, what, (book.weight, gains) if has_gains else None)
 
     def shared(
-        self, W: Array, E: Quadratic, layer: Layer, has_zeros: bool, seed: int
+        self,
+        W: Array,
+        E: Quadratic,
+        layer: Layer,
+        has_zeros: bool,
+        seed: int,
+        unit: float | None = None,
     ) -> tuple[Codebook, Array]:
-        """The codebook of a weight, (groups, outputs, d), and the gains of outputs in front."""
+        """The codebook of a weight, (groups, outputs, d), and the gains of outputs in front.
+
+        unit: what a bit of code costs, in the error of the outputs; None for the price.
+        """
+        wish = Wish(2**self.bits, self.init, self.price, seed, unit)
 
         def solve(W: Array, start: Codebook | None) -> Codebook:
-            return self._book(W, E, has_zeros, seed, start)
+            return self._book(W, E, has_zeros, wish, start)
 
-        if self._has_gains(W, E, layer, has_zeros, seed):
+        if self._has_gains(W, E, layer, has_zeros, wish):
             return gain.fit(W, E, solve)
         return solve(W, None), np.ones((*W.shape[:2], 1))
 
-    def _has_gains(self, W: Array, E: Quadratic, layer: Layer, zeros: bool, seed: int) -> bool:
-        if self.gains == "never" or self.grid == "int8" or layer.gain(gain.gains(W)) is None:
+    def _has_gains(self, W: Array, E: Quadratic, layer: Layer, zeros: bool, wish: Wish) -> bool:
+        is_priced = METHODS[self.method].has_price and self.gains == "auto"
+        if (
+            is_priced
+            or self.gains == "never"
+            or self.grid == "int8"
+            or layer.gain(gain.gains(W)) is None
+        ):
             return False
         if self.gains == "always":
             return True
         weights = E.diagonal if E.blocks else np.ones((W.shape[0], W.shape[2]))
-        return gain.is_worth_it(W, weights, lambda W: self._levels(W, E, zeros, seed))
+        return gain.is_worth_it(W, weights, lambda W: self._levels(W, E, zeros, wish))
 
-    def _levels(self, W: Array, E: Quadratic, has_zeros: bool, seed: int) -> Array:
+    def _levels(self, W: Array, E: Quadratic, has_zeros: bool, wish: Wish) -> Array:
         """Of a weight as it is, before outputs count."""
         weights = np.broadcast_to(E.diagonal[:, None], W.shape) if E.blocks else None
-        wish = Wish(2**self.bits, self.init, self.price, seed)
         return share(W, weights, self.method, wish, has_zeros)
 
     def _book(
-        self, W: Array, E: Quadratic, has_zeros: bool, seed: int, before: Codebook | None
+        self, W: Array, E: Quadratic, has_zeros: bool, wish: Wish, before: Codebook | None
     ) -> Codebook:
         """before: a codebook that was good for other gains."""
         move = None if self.grid == "float" else snap
-        levels = self._levels(W, E, has_zeros, seed) if before is None else before.levels
+        levels = self._levels(W, E, has_zeros, wish) if before is None else before.levels
         pinned = codebook.pin_of(levels) if has_zeros else None
         start = codebook.plain(W, levels if move is None else move(levels), pinned)
         if not (self.refine and E.blocks):
             return codebook.solve_levels(W, E, start, move)
         weights = np.broadcast_to(E.diagonal[:, None], W.shape)
         has_price = METHODS[self.method].has_price
-        price = bit_price(Points.of(W, weights), start.levels, self.price) if has_price else 0.0
+        price = wish.unit if has_price else 0.0
+        if price is None:
+            price = bit_price(Points.of(W, weights), start.levels, self.price)
         starts = [start, codebook.feed_forward(W, E, start)]
         if W.size * W.shape[2] > MANY:
             starts = [min(starts, key=lambda book: E.error(W - book.weight))]

@@ -29,6 +29,7 @@ class Shrink:
 
     name: ClassVar[str] = "shrink"
     lossless: ClassVar[bool] = True
+    rescales: ClassVar[bool] = True
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         return ()

@@ -462,3 +462,15 @@ def test_amounts_of_memory(text: str, amount: int) -> None:
 def test_levels_are_those_of_the_runtime(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("bench", "--help") == 0
     assert f"[{'|'.join(LEVELS)}]" in capsys.readouterr().out
+
+
+def test_shells_complete_commands_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    from click.shell_completion import BashComplete
+
+    from onnxc.commands import onnxc
+
+    complete = BashComplete(onnxc, {}, "onnxc", "_ONNXC_COMPLETE")
+    found = {item.value for item in complete.get_completions([], "c")}
+    assert {"calibrate", "cluster", "compress"} <= found
+    found = {item.value for item in complete.get_completions(["compress", "--minimize"], "")}
+    assert found == {"latency", "size", "energy-proxy"}

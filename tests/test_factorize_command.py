@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 from calls import call, report_of
 
 import onnxc
+from onnxc import compression
 from onnxc.errors import OptionError
 from onnxc.factorization import FactorizeSettings, Plan
-from onnxc.lowrank import alternatives
 from onnxc.recipe import loads
+from onnxc.workpiece import Workpiece
 from passes.factorize import Factorize
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -60,7 +62,7 @@ def test_what_is_not_faster_stays(capsys: Any) -> None:
 def test_of_a_slow_model_few_layers_are_tried_in_it(
     capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alternatives, "SECONDS", 0.0)
+    monkeypatch.setattr(compression, "Workpiece", partial(Workpiece, patience=0.0))
     found = report_of(capsys, *ARGUMENTS, "-o", "o.onnx", "--macs", 0.8, "--no-faster")
     assert found["count"] and found["comparison"]["sqnr"] > 5
     assert any("12 of 13 layers were not tried in the model" in note for note in found["notes"])

@@ -61,9 +61,9 @@ SPANS = (
 )
 BLAMED = (Blame("/a", "Conv", "a", 31.0, 35.0), Blame("/b<i>", "MatMul", "b", 22.0, 23.0))
 POINTS = (
-    Point("static", 1_000_000, 0.005, -0.01, 0.02, 2.0, True, True, True),
-    Point("dynamic", 1_100_000, 0.004, -0.01, 0.02, None, True, False, True),
-    Point("4 bits", 600_000, 0.3, 0.25, 0.35, 1.1, False, False, True),
+    Point("static", 1_000_000, 0.5, -1.0, 2.0, 2.0, True, True, True),
+    Point("dynamic", 1_100_000, 0.4, -1.0, 2.0, None, True, False, True),
+    Point("4 bits", 600_000, 30.0, 25.0, 35.0, 1.1, False, False, True),
 )
 FULL = Report(
     model="m<script>alert(1)</script>.onnx",
@@ -176,7 +176,7 @@ def test_sections_are_in_order_and_empty_ones_are_left_out() -> None:
         ("kernels", "1 of 2 heavy nodes run in integer kernels"),
         ("kernels", "1 excluded /b<i>"),
         ("kernels", "1 of the 2 Q/DQ nodes left quantize nothing"),
-        ("front", "3 candidates were measured"),
+        ("front", "3 candidates were measured, of which 2 keep the bound"),
         ("front", "4 bits 600.0 kB 1.10x +30.00 (+25.00 to +35.00) misses the bound"),
         ("notes", "3 images were skipped"),
         ("recipe", 'name = "x86-vnni"'),

@@ -15,23 +15,23 @@ def front(report: Report) -> Iterator[Part]:
     points = report.points
     if not points:
         return
-    kept = sum(point.on_front for point in points)
+    met = sum(point.is_met for point in points)
     yield Prose(
-        f"{len(points)} candidates were measured; of {kept} no other is better in size, speed or "
-        "drop and as good in the rest. Lines join the best in the two that a picture shows, a "
-        "circle is the result, and red ones miss the bound."
+        f"{len(points)} candidates were measured, of which {met} keep the bound; red ones miss it. "
+        "Lines join the best in what a picture shows, a circle is the result, thin lines are "
+        "intervals of the drop."
     )
     yield Picture(figures.front(points, "bytes"), "Drop against size.")
     timed = [point for point in points if point.speed is not None]
     if timed:
         yield Picture(figures.front(timed, "speed"), "Drop against speed.")
-    heads = ("candidate", "file", "times faster", "points of drop", "")
+    heads = ("candidate", "file", "times faster", "drop (interval)", "")
     yield Table(
         heads,
         tuple(
             (
                 *(p.name, size_text(p.bytes), "" if p.speed is None else f"{p.speed:.2f}x"),
-                f"{100 * p.drop:+.2f} ({100 * p.low:+.2f} to {100 * p.high:+.2f})",
+                f"{p.drop:+.2f} ({p.low:+.2f} to {p.high:+.2f})",
                 "the result" if p.is_best else "" if p.is_met else "misses the bound",
             )
             for p in sorted(points, key=lambda p: p.bytes)

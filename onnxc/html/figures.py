@@ -166,17 +166,17 @@ def front(points: Sequence[Point], by: str) -> str:
 
     with canvas(2.4) as (figure, axes):
         kept = _best(sorted(points, key=at, reverse=by == "speed"))
-        axes.plot([at(p) for p in kept], [100 * p.drop for p in kept], color=LINE, linewidth=1.5)
+        axes.plot([at(p) for p in kept], [p.drop for p in kept], color=LINE, linewidth=1.5)
         for point in points:
             color = AFTER if point.is_met else BAD
-            x, y = at(point), 100 * point.drop
-            axes.plot([x, x], [100 * point.low, 100 * point.high], color=color, linewidth=0.7)
+            x, y = at(point), point.drop
+            axes.plot([x, x], [point.low, point.high], color=color, linewidth=0.7)
             axes.plot([x], [y], "o", color=color, markersize=4 if point.on_front else 3)
             if point.is_best:
                 axes.plot([x], [y], "o", color=INK, markersize=10, fillstyle="none")
                 axes.annotate(point.name, (x, y), (0, 9), textcoords="offset points", ha="center")
         clear(axes, "y")
-        axes.set_ylabel("points of drop")
+        axes.set_ylabel("drop of the metric")
         axes.set_xlabel("MB of the file" if by == "bytes" else "times faster")
         return to_svg(figure)
 

@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 from threadpoolctl import threadpool_limits
 
 from onnxc.core import Change, Context, Key, Skip
-from onnxc.damage import SECONDS, WORST, Judge, affordable, outputs
+from onnxc.damage import WORST, Judge, affordable, outputs
 from onnxc.graph import Model, copy, is_spilling
 from onnxc.lowrank.fitter import Fitter
 from onnxc.lowrank.layers import Layer, find_layers
@@ -215,8 +215,8 @@ class Together:
 class Scales:
     """Damage at the outputs of the model for each unit of a layer's error.
 
-    After SECONDS it is no longer measured, but what it was for the others on average. known: what
-    was measured. untold: how often it was not.
+    When the patience of the piece is over, it is no longer measured, but what it was for the others
+    on average. known: what was measured. untold: how often it was not.
     """
 
     judge: Judge | None
@@ -230,7 +230,7 @@ class Scales:
         """That of one layer, where its alternatives do middling damage."""
         if self.judge is None:
             return 1.0
-        if self.known and time.perf_counter() - self.start > SECONDS:
+        if self.known and time.perf_counter() - self.start > self.judge.piece.patience:
             self.untold += 1
             return math.exp(sum(map(math.log, self.known)) / len(self.known))
         one, made = sorted(judged, key=lambda pair: pair[0].damage)[len(judged) // 2]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -40,12 +40,16 @@ RARE = 1e-9
 
 @dataclass(frozen=True)
 class Wish:
-    """Levels to be found: how many, from which start, and what a bit of code costs."""
+    """Levels to be found: how many, from which start, and what a bit of code costs.
+
+    unit: λ itself, in place of the price.
+    """
 
     count: int
     init: Init = "linear"
     price: float = 1.0
     seed: int = 0
+    unit: float | None = None
 
 
 def _kmeans(points: Points, wish: Wish) -> Floats:
@@ -58,7 +62,7 @@ def _dp(points: Points, wish: Wish) -> Floats:
 
 def _ecsq(points: Points, wish: Wish) -> Floats:
     levels = _kmeans(points, wish)
-    unit = bit_price(points, levels, wish.price)
+    unit = bit_price(points, levels, wish.price) if wish.unit is None else wish.unit
     shares = np.full(len(levels), 1 / len(levels))
     total = points.n.sum()
     for _ in range(STEPS):
@@ -133,7 +137,7 @@ def share(
 ) -> Floats:
     """Sorted levels for numbers, at most wish.count; has_zero: one of them is 0."""
     row = METHODS[method]
-    wanted = Wish(wish.count - has_zero, wish.init, wish.price, wish.seed)
+    wanted = replace(wish, count=wish.count - has_zero)
     kept = numbers.reshape(-1) != 0 if has_zero else np.ones(numbers.size, bool)
     w = None if weights is None or not row.is_weighted else weights.reshape(-1)[kept]
     if not kept.any():

@@ -11,9 +11,10 @@ from onnxc.errors import ModelError, OptionError
 from onnxc.graph import Model, read, save
 from onnxc.paths import check_output, existing
 from onnxc.report import Packed
-from onnxc.request import ModelPath, Progress, counting, naming, silent
+from onnxc.request import ModelPath, Progress, counting, naming
 from onnxc.storage import package
 from onnxc.storage.rans import libraries
+from onnxc.workpiece import silent
 
 SUFFIX = ".onnxz"
 

@@ -1,0 +1,302 @@
+"""The drop of a candidate in points, with its interval: what a search keeps below a bound.
+
+    top1         what is lost of the share of right classes, in expectation (numerics.decisions)
+    agreement    share of samples that get another class, likewise
+    sqnr         noise in percent of the power of the outputs: 1 is 20 dB, 0.1 is 30 dB
+    perplexity   growth of the perplexity of the next token, in percent
+    MODULE:NAME  score(outputs, labels) of the original less that of the candidate
+
+A drop is the mean of one number a sample, so it has a standard error s, and lies below
+
+    drop + Z s         with a chance of 90 %.
+
+Samples are looked at in groups, the later ones as large as all before. As soon as the bound lies
+outside of the interval, the rest need not be run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.callables import imported, own_code
+from calib.data import Dataset
+from calib.inputs import sample_axes
+from onnxc.errors import DataError, OptionError
+from onnxc.fidelity import class_scores, has_classes, next_tokens, surprise
+from onnxc.numerics import decisions
+from onnxc.pairs import Pairing, Subject
+from onnxc.runtime import Runtime
+
+Array = NDArray[Any]
+Outputs = Mapping[str, Any]
+
+Z = 1.2816  # standard errors that 90 % of a normal distribution lie below
+FIRST = 32  # samples that are always looked at
+BATCH = 16  # samples in a run
+RESAMPLED = 40  # halves of the samples on which a function of all of them is called
+MOST_FITTED = 512  # samples that T is fitted to
+UNITS = {
+    "top1": "points of top-1",
+    "agreement": "points of agreement",
+    "sqnr": "% of noise",
+    "perplexity": "% of perplexity",
+}
+KNOWN = tuple(UNITS)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A drop in points, the bounds of its interval, and on how many samples."""
+
+    drop: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, drops: Array) -> Estimate:
+        """From the drop of each sample, shape (N,)."""
+        n, mean = len(drops), float(np.mean(drops))
+        error = float(np.std(drops, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+        return cls(mean, mean - Z * error, mean + Z * error, n)
+
+    @property
+    def least(self) -> float:
+        """Three standard errors below the drop."""
+        return self.drop - 3 * (self.drop - self.low) / Z
+
+    def is_settled(self, bound: float) -> bool:
+        """Whether more samples would hardly tell something else about the bound."""
+        return self.high <= bound or self.low > bound
+
+
+class Tally(Protocol):
+    """What a metric has seen of one candidate so far."""
+
+    def update(self, ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> None: ...
+
+    @property
+    def estimate(self) -> Estimate: ...
+
+
+@dataclass
+class Drops:
+    """A tally of metrics that are a mean over samples.
+
+    drop_of: (n,) points of a batch; or (2, n), in expectation and counted: the second is used
+    where it is larger beyond doubt. link: from the mean to the drop.
+    """
+
+    drop_of: Callable[[Outputs, Outputs, Array | None, Outputs], Array]
+    link: Callable[[float], float] = float
+    parts: list[Array] = field(default_factory=list)
+
+    def update(self, ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> None:
+        self.parts.append(np.atleast_2d(self.drop_of(ref, out, labels, feed)))
+
+    @property
+    def estimate(self) -> Estimate:
+        found, *others = map(Estimate.of, np.concatenate(self.parts, axis=1))
+        for counted in others:
+            found = counted if counted.least > found.high else found
+        drop, low, high = map(self.link, (found.drop, found.low, found.high))
+        return Estimate(drop, low, high, found.samples)
+
+
+@dataclass
+class Scored:
+    """A tally of a function that is called with all outputs and labels.
+
+    Its interval comes from halves of the samples (jackknife of N/2): the spread over halves is that
+    of the mean over all.
+    """
+
+    score: Callable[[dict[str, Any], Array | None], float]
+    seen: list[tuple[Outputs, Outputs, Array | None]] = field(default_factory=list)
+
+    def update(self, ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> None:
+        self.seen.append((ref, out, labels))
+
+    @property
+    def estimate(self) -> Estimate:
+        ref, out = (_joined([batch[0] for batch in self.seen]), _joined([b[1] for b in self.seen]))
+        known = [batch[2] for batch in self.seen]
+        labels = None if known[0] is None else np.concatenate([x for x in known if x is not None])
+        n = len(next(iter(ref.values())))
+        drop = self._drop(ref, out, labels, np.arange(n))
+        rng = np.random.default_rng(n)
+        halves = [rng.permutation(n)[: n // 2] for _ in range(RESAMPLED if n > 3 else 0)]
+        found = [self._drop(ref, out, labels, np.sort(half)) for half in halves]
+        error = float(np.std(found)) if found else math.inf
+        return Estimate(drop, drop - Z * error, drop + Z * error, n)
+
+    def _drop(
+        self, ref: dict[str, Any], out: dict[str, Any], labels: Array | None, rows: Array
+    ) -> float:
+        some = None if labels is None else labels[rows]
+        both = [self.score({n: x[rows] for n, x in side.items()}, some) for side in (ref, out)]
+        return float(both[0]) - float(both[1])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """name: as asked for. output: the one with the classes. T: of `numerics.decisions`."""
+
+    name: str
+    output: str = ""
+    T: float = 1.0
+    score: Callable[[dict[str, Any], Array | None], float] | None = None
+
+    @property
+    def unit(self) -> str:
+        return UNITS.get(self.name, f"of {self.name}")
+
+    def tally(self) -> Tally:
+        if self.score is not None:
+            return Scored(self.score)
+        if self.name == "sqnr":
+            return Drops(_noise)
+        if self.name == "perplexity":
+            return Drops(self._surprise, _growth)
+        return Drops(self._decisions)
+
+    def _decisions(self, ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> Array:
+        """In expectation and, of top-1, counted: the mean over the positions of each sample."""
+        is_one = labels is not None and labels.ndim == 1
+        z, q = (class_scores(side[self.output], is_one) for side in (ref, out))
+        rows = [decisions.logits(x.reshape(-1, x.shape[-1])) for x in (z, q)]
+        if self.name == "agreement":
+            drops = np.stack([decisions.disagreement(*rows), decisions.changed(*rows)])
+        else:
+            drops = np.stack([f(rows[0], rows[1], self.T) for f in TOP1])
+        return np.asarray(100 * drops.reshape(2, len(z), -1).mean(axis=2))
+
+    def _surprise(self, ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> Array:
+        """What the logarithm of the perplexity grows by, in hundredths."""
+        tokens = next_tokens(feed)
+        if tokens is None:
+            raise DataError("--metric perplexity needs one input of (N, T) tokens")
+        scores = (class_scores(side[self.output])[:, : tokens.shape[1]] for side in (ref, out))
+        both = [surprise(z, tokens).mean(axis=1) for z in scores]
+        return np.asarray(100 * (both[1] - both[0]))
+
+
+TOP1 = (decisions.expected_drop, decisions.counted_drop)
+
+
+def estimated(
+    metric: Metric,
+    original: Subject,
+    candidate: Subject,
+    samples: Dataset,
+    runtime: Runtime,
+    bound: float | None = None,
+) -> Estimate:
+    """The drop of a candidate; where there is a bound, on as many samples as tell about it.
+
+    Raises ModelError where a model does not run.
+    """
+    tally, labels, done, due = metric.tally(), samples.labels, 0, FIRST
+    axes = sample_axes(samples.inputs)
+    for feed, ref, out in Pairing(original, candidate, samples, runtime, BATCH).outputs():
+        count = next((feed[n].shape[a] for n, a in axes.items() if a is not None), 1)
+        tally.update(ref, out, None if labels is None else labels[done : done + count], feed)
+        done += count
+        if bound is not None and done >= due:
+            due *= 2
+            if tally.estimate.is_settled(bound):
+                break
+    return tally.estimate
+
+
+def open_metric(name: str | None, original: Subject, samples: Dataset, runtime: Runtime) -> Metric:
+    """The metric that is asked for, or the one that suits the model; it was tried on two samples.
+
+    Raises OptionError or DataError where it does not go with the model or the data.
+    """
+    metric = _chosen(name, original, samples, runtime)
+    estimated(metric, original, original, samples.subset(slice(0, 2)), runtime)
+    return metric
+
+
+def _chosen(name: str | None, original: Subject, samples: Dataset, runtime: Runtime) -> Metric:
+    """By default top1 with labels, agreement with classes, perplexity of tokens, else sqnr."""
+    if name is not None and ":" in name:
+        return Metric(name, score=Score(name))
+    found = _scores(original, samples, runtime)
+    if found is None:
+        if name in ("top1", "agreement", "perplexity"):
+            raise OptionError(f"--metric {name} needs a model with classes; this one has none")
+        return Metric("sqnr")
+    output, z, labels, is_text = found
+    usual = "perplexity" if is_text and labels is None else "top1"
+    usual = "agreement" if usual == "top1" and labels is None else usual
+    chosen = name or usual
+    if chosen != "top1":
+        return Metric(chosen, output)
+    if labels is None:
+        raise OptionError("--metric top1 needs labels in the data: add them, or take agreement")
+    return Metric(chosen, output, decisions.temperature(decisions.logits(z), labels))
+
+
+def _scores(
+    original: Subject, samples: Dataset, runtime: Runtime
+) -> tuple[str, Array, Array | None, bool] | None:
+    """The output with classes, its rows of the first samples, their labels, and whether of text."""
+    few = samples.subset(slice(0, MOST_FITTED))
+    labels, rows, name, is_text = few.labels, [], "", False
+    is_one = labels is not None and labels.ndim == 1
+    for feed, ref, _ in Pairing(original, original, few, runtime, BATCH).outputs():
+        name = name or next((n for n, x in ref.items() if has_classes(x, is_one)), "")
+        if not name:
+            return None
+        z = class_scores(ref[name], is_one)
+        rows.append(z.reshape(-1, z.shape[-1]))
+        is_text = is_text or next_tokens(feed) is not None
+    return name, np.concatenate(rows), None if labels is None else labels.reshape(-1), is_text
+
+
+def _noise(ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> Array:
+    """Noise of each sample in percent of the power of its outputs, the mean over outputs."""
+    shares = []
+    for name, y in ref.items():
+        if not isinstance(y, np.ndarray) or y.dtype.kind != "f":
+            continue
+        rows = [x.reshape(len(y), -1).astype(np.float64) for x in (y, out[name])]
+        power = np.maximum((rows[0] ** 2).mean(axis=1), 1e-300)
+        shares.append(((rows[0] - rows[1]) ** 2).mean(axis=1) / power)
+    if not shares:
+        raise OptionError("--metric sqnr needs an output of floats; give --metric MODULE:FUNCTION")
+    return np.asarray(100 * np.mean(shares, axis=0))
+
+
+def _growth(hundredths: float) -> float:
+    """Percent that the perplexity grows by."""
+    return 100 * math.expm1(hundredths / 100) if hundredths < 1e4 else math.inf
+
+
+def _joined(batches: list[Outputs]) -> dict[str, Any]:
+    try:
+        return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    except ValueError as error:
+        raise DataError(
+            "--metric MODULE:FUNCTION needs outputs of one shape for all samples"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Score:
+    """A function of the user's own, by name, so that it travels to other processes."""
+
+    name: str
+
+    def __call__(self, outputs: dict[str, Any], labels: Array | None) -> float:
+        """Raises DataError for what is wrong in it."""
+        with own_code(self.name):
+            return float(imported(self.name)(outputs, labels))

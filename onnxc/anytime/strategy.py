@@ -1,0 +1,155 @@
+"""Which plan to look at next: a function of what was found so far, and of nothing else.
+
+    1  one move of each ladder alone: what it gains for what it costs orders the ladders
+    2  on each ladder, the harshest move that keeps the bound, the others staying: by bisection
+    3  exchange: a step further on one ladder for a step back on another, and a step back where that
+       costs nothing, until nothing gets better
+
+It is a generator: it asks for a plan and is sent the best candidate of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from onnxc.anytime.journal import Found
+from onnxc.anytime.moves import Ladder, Move, Plan, Slot, ordered
+
+Search = Generator[Plan, Found, None]
+Steps = dict[Slot, tuple[Ladder, int]]
+
+LEAST_DROP = 0.02  # points: below, nothing tells drops apart
+CLOSER = 0.8  # of a drop: what is worth a step back at equal cost
+
+
+@dataclass(frozen=True)
+class Rule:
+    """bound: points of the drop. tie: share of the cost within which the drop decides."""
+
+    bound: float
+    tie: float
+
+    def is_better(self, one: Found, other: Found) -> bool:
+        """Whether one is to be preferred; the other one keeps the bound, or is the original."""
+        if not one.meets(self.bound):
+            return False
+        if one.cost < other.cost * (1 - self.tie):
+            return True
+        is_tied = one.cost <= other.cost * (1 + self.tie)
+        return is_tied and one.cost < 1 and one.estimate.drop < CLOSER * other.estimate.drop
+
+    def best(self, some: Iterable[Found]) -> Found | None:
+        """Of candidates, the one to be preferred; of those that miss the bound, the closest."""
+        tried = [one for one in some if not one.failure]
+        chosen: Found | None = None
+        for one in (one for one in tried if one.meets(self.bound)):
+            chosen = one if chosen is None or self.is_better(one, chosen) else chosen
+        return chosen or min(tried, key=lambda one: one.estimate.high, default=None)
+
+
+@dataclass
+class Descent:
+    """The state of a search: the moves chosen so far, and the candidate that they make."""
+
+    rule: Rule
+    best: Found
+    chosen: dict[Slot, tuple[Ladder, int]] = field(default_factory=dict)
+
+    def plan(self, ladder: Ladder, index: int) -> Plan:
+        """The moves chosen, with one of a ladder in its slot; an index below 0 is none."""
+        moves = {slot: own.moves[i] for slot, (own, i) in self.chosen.items()}
+        moves.pop(ladder.slot, None)
+        if index >= 0:
+            moves[ladder.slot] = ladder.moves[index]
+        return ordered(moves)
+
+    def settle(self, ladder: Ladder, index: int, found: Found) -> bool:
+        """Take a move where it is better."""
+        if not self.rule.is_better(found, self.best):
+            return False
+        self.best, self.chosen[ladder.slot] = found, (ladder, index)
+        return True
+
+    def harshest(self, ladder: Ladder) -> Search:
+        """Bisection for the last move that keeps the bound; the best of those seen is taken."""
+        low, high, index = -1, len(ladder.moves), ladder.first
+        while low < index < high:
+            found = yield self.plan(ladder, index)
+            if found.meets(self.rule.bound):
+                low = index
+                self.settle(ladder, index, found)
+            else:
+                high = index
+            index = (low + high) // 2
+
+    def exchanged(self, ladders: Sequence[Ladder]) -> Search:
+        """Steps back that cost nothing and steps further for steps back, until none is better."""
+        is_new = True
+        while is_new:
+            is_new = False
+            for swaps in (*self._relaxed(), *self._swapped(ladders)):
+                is_new = yield from self._first_met(swaps)
+                if is_new:
+                    break
+
+    def _first_met(self, swaps: Iterable[Steps]) -> Generator[Plan, Found, bool]:
+        """Of several swaps, the first that keeps the bound, if it is better."""
+        for steps in swaps:
+            near = {s: at for s, at in {**self.chosen, **steps}.items() if at[1] >= 0}
+            found = yield ordered({s: own.moves[i] for s, (own, i) in near.items()})
+            if self.rule.is_better(found, self.best):
+                self.best, self.chosen = found, near
+                return True
+            if found.meets(self.rule.bound):
+                return False
+        return False
+
+    def _relaxed(self) -> Iterator[list[Steps]]:
+        """A step back on each ladder."""
+        for slot, (own, index) in self.chosen.items():
+            if index > 0:
+                yield [{slot: (own, index - 1)}]
+
+    def _swapped(self, ladders: Sequence[Ladder]) -> Iterator[list[Steps]]:
+        """A step further on each ladder, for one, two, four … steps back on another, or on all."""
+        for ladder in ladders:
+            own, index = self.chosen.get(ladder.slot, (ladder, -1))
+            if own is not ladder or index + 1 == len(ladder.moves):
+                continue
+            others = {s: at for s, at in self.chosen.items() if s != ladder.slot}
+            alone = [(slot,) for slot in others]
+            for slots in (*alone, tuple(others)) if len(others) > 1 else alone:
+                yield [
+                    {ladder.slot: (ladder, index + 1), **_back(others, slots, count)}
+                    for count in _counts(max(others[slot][1] for slot in slots))
+                ]
+
+
+def _back(others: Steps, slots: Iterable[Slot], count: int) -> Steps:
+    """So many steps back in some slots."""
+    return {slot: (others[slot][0], others[slot][1] - count) for slot in slots}
+
+
+def _counts(index: int) -> list[int]:
+    """1, 2, 4 … steps, as many as there are below an index."""
+    return [1 << k for k in range(index.bit_length() + 1) if 1 << k <= index + 1]
+
+
+def search(ladders: Sequence[Ladder], rule: Rule, original: Found) -> Search:
+    """Ask for one plan after the other. original: what is the best at first."""
+    state = Descent(rule, original)
+    worth: list[tuple[float, int]] = []
+    for number, ladder in enumerate(ladders):
+        found = yield state.plan(ladder, ladder.first)
+        gain = -1.0 if found.failure else 1 - found.cost
+        worth.append((-gain / max(found.estimate.drop, LEAST_DROP), number))
+    order = [ladders[number] for value, number in sorted(worth) if value < 0]
+    for ladder in order:
+        yield from state.harshest(ladder)
+    yield from state.exchanged(order)
+
+
+def moves_of(ladders: Sequence[Ladder]) -> dict[str, Move]:
+    """All moves, by name."""
+    return {move.name: move for ladder in ladders for move in ladder.moves}

@@ -1,0 +1,68 @@
+"""Expected drops: against sampling, and against counting on many samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnxc.numerics import decisions as d
+
+
+def _scores(n: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Calibrated scores, labels drawn from them, and a disturbance of half their size."""
+    rng = np.random.default_rng(seed)
+    z = 2 * rng.standard_normal((n, classes))
+    p = d.softmax(z)
+    labels = np.array([rng.choice(classes, p=row) for row in p])
+    return z, labels, 0.5 * rng.standard_normal(z.shape)
+
+
+def test_chances_are_those_of_sampling() -> None:
+    rng = np.random.default_rng(0)
+    z, sigma = rng.standard_normal((4, 5)), np.array([0.2, 0.5, 1.0, 2.0])
+    top, w = d.win_chances(z, sigma)
+    drawn = z[:, None] + sigma[:, None, None] * rng.standard_normal((4, 200_000, 5))
+    for row in range(4):
+        share = np.bincount(drawn[row].argmax(axis=1), minlength=5) / 200_000
+        np.testing.assert_allclose(w[row], share[top[row]], atol=4e-3)
+
+
+@given(st.integers(0, 1000), st.integers(2, 8))
+def test_chances_sum_to_one(seed: int, classes: int) -> None:
+    rng = np.random.default_rng(seed)
+    z, sigma = rng.standard_normal((6, classes)), rng.uniform(0, 2, 6)
+    _, w = d.win_chances(z, sigma)
+    np.testing.assert_allclose(w.sum(axis=1), 1, atol=2e-3)
+    assert (np.diff(w, axis=1) <= 1e-9).all()  # better scores win more often
+
+
+def test_drop_is_what_counting_gives_with_a_fraction_of_its_spread() -> None:
+    z, labels, e = _scores(20_000, 10, 1)
+    lost = (z.argmax(1) == labels).astype(float) - ((z + e).argmax(1) == labels)
+    told = d.expected_drop(z, z + e)
+    assert told.mean() == pytest.approx(lost.mean(), abs=3 * lost.std() / len(lost) ** 0.5)
+    assert told.std() < lost.std() / 8
+
+
+def test_disagreement_is_the_share_that_changes() -> None:
+    z, _, e = _scores(20_000, 10, 2)
+    assert d.disagreement(z, z + e).mean() == pytest.approx(d.changed(z, z + e).mean(), abs=0.01)
+
+
+def test_equal_scores_lose_nothing() -> None:
+    z, _, _ = _scores(50, 10, 3)
+    for rule in (d.expected_drop, d.counted_drop, d.disagreement, d.changed):
+        np.testing.assert_allclose(rule(z, z), 0, atol=1e-9)
+
+
+def test_temperature_undoes_overconfidence() -> None:
+    z, labels, _ = _scores(5_000, 10, 4)
+    assert d.temperature(3 * z, labels) == pytest.approx(3, rel=0.12)
+
+
+def test_probabilities_become_logits() -> None:
+    z, _, _ = _scores(20, 6, 5)
+    np.testing.assert_allclose(d.softmax(d.softmax(z)), d.softmax(z), atol=1e-9)
+    np.testing.assert_array_equal(d.logits(z), z)
