@@ -86,7 +86,7 @@ class Aim:
 
 @dataclass(frozen=True)
 class Point:
-    """A candidate as measured. bytes: of its file. drop: of the metric, with its interval.
+    """A candidate as measured. bytes: of its file. drop: of the metric, in its unit, with bounds.
 
     speed: float latency over its own, None where it was not timed. is_met: whether it keeps the
     bound. is_best: whether it is the result. on_front: whether no other one is better in one of

@@ -309,6 +309,17 @@ def test_what_does_not_go_together(
     assert not place.exists()
 
 
+def test_every_command_that_measures_offers_a_page() -> None:
+    assert isinstance(commands.onnxc, Group)
+    having = {
+        name
+        for name, command in commands.onnxc.commands.items()
+        if any("--html" in option.opts for option in command.params)
+    }
+    writing = {"quantize", "sparsify", "prune", "factorize", "cluster", "compress"}
+    assert having >= {*writing, "validate", "bench"}
+
+
 def test_the_facade_writes_a_page(tmp_path: Path) -> None:
     onnxc.write_html(TIMED, tmp_path / "page.html")
     assert api.write_html is page.write_html

@@ -18,13 +18,13 @@ def front(report: Report) -> Iterator[Part]:
     met = sum(point.is_met for point in points)
     yield Prose(
         f"{len(points)} candidates were measured, of which {met} keep the bound; red ones miss it. "
-        "Lines join the best in what a picture shows, a circle is the result, thin lines are "
-        "intervals of the drop."
+        "Lines join the best in what a picture shows, thin ones are intervals of the drop."
     )
-    yield Picture(figures.front(points, "bytes"), "Drop against size.")
+    best = "".join(f" Circle: {point.name}." for point in points if point.is_best)
+    yield Picture(figures.front(points, "bytes"), f"Drop against size.{best}")
     timed = [point for point in points if point.speed is not None]
     if timed:
-        yield Picture(figures.front(timed, "speed"), "Drop against speed.")
+        yield Picture(figures.front(timed, "speed"), f"Drop against speed.{best}")
     heads = ("candidate", "file", "times faster", "drop (interval)", "")
     yield Table(
         heads,

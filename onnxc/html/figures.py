@@ -174,7 +174,6 @@ def front(points: Sequence[Point], by: str) -> str:
             axes.plot([x], [y], "o", color=color, markersize=4 if point.on_front else 3)
             if point.is_best:
                 axes.plot([x], [y], "o", color=INK, markersize=10, fillstyle="none")
-                axes.annotate(point.name, (x, y), (0, 9), textcoords="offset points", ha="center")
         clear(axes, "y")
         axes.set_ylabel("drop of the metric")
         axes.set_xlabel("MB of the file" if by == "bytes" else "times faster")
