@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 from calls import call
+from click import Group
 
 import onnxc
-from onnxc import api
+from onnxc import api, commands
 from onnxc.anatomy import Anatomy, Layer
 from onnxc.bench import Latency, Ratio, speedup
 from onnxc.check import Comparison, Coverage, Fidelity, Kernel
