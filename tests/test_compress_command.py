@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ import onnxruntime
 import pytest
 
 import onnxc
+from calib.cluster import connected
 from onnxc import cli, recipe
+from onnxc.anytime import searched
+from onnxc.anytime.moves import ladders
 from onnxc.storage import package
 
 Parse = Callable[..., onnx.ModelProto]
@@ -168,3 +172,23 @@ def test_killed_ten_times_and_resumed(files: tuple[Path, Path], tmp_path: Path) 
             onnx.checker.check_model(onnx.load(output))
     assert cli.run(_arguments(files, output, *options, "--resume")) in (0, 1)
     assert output.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_workers_find_the_same(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Candidates that two processes make ahead are those that one makes in turn."""
+    rows = [row for row in ladders("size", Path("o.onnxz")) if row.slot != "factorize"]
+    few = tuple(replace(row, moves=row.moves[::5], first=1) for row in rows[::2])
+    monkeypatch.setattr(searched, "ladders", lambda objective, output: few)
+    found = []
+    for workers in (None, 2):
+        output = tmp_path / f"{workers}.onnx"
+        with connected(workers=workers) as client:
+            onnxc.compress(
+                files[0], data=files[1], output=output, minimize="size", max_drop=2.0,
+                max_time=1e6, client=client,
+            )  # fmt: skip
+        found.append(output.read_bytes())
+    assert found[0] == found[1]

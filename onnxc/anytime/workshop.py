@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-
-import onnx_graphsurgeon as gs
 
 from calib.data import Dataset
 from onnxc import recipe as recipes
@@ -33,7 +31,6 @@ from onnxc.shapes import infer
 from onnxc.storage.packing import SUFFIX, store
 from onnxc.workpiece import Workpiece, silent
 
-EMPTY = Model(gs.Graph())
 NOTHING = Estimate(0.0, 0.0, 0.0, 0)
 
 
@@ -75,18 +72,18 @@ class Workshop:
 
     def __getstate__(self) -> dict[str, Any]:
         """It travels to workers with its model and data, and nothing that was made of them."""
-        piece, known = self.piece, self.piece.calibration
-        known = replace(known, client=None, original=None, memo={}, notes=[])
-        bare = replace(piece, say=silent, memo={}, calibration=known, model=EMPTY)
-        own = {"piece": bare, "packed": to_bytes(piece.model), "pieces": {}, "_builder": None}
-        return {**vars(self), **own}
+        known = replace(self.piece.calibration, client=None, original=None, memo={}, notes=[])
+        facts = {spec.name: getattr(self.piece, spec.name) for spec in fields(self.piece)}
+        facts |= {"model": to_bytes(self.piece.model), "calibration": known}
+        facts |= {"say": silent, "memo": {}}
+        return {**vars(self), "piece": facts, "pieces": {}, "_builder": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model = load(state.pop("packed"))
-        vars(self).update(state)
-        infer(model, self.piece.feed)
-        calibration = replace(self.piece.calibration, original=model)
-        self.piece = replace(self.piece, model=model, calibration=calibration)
+        facts = dict(state["piece"])
+        model = load(facts["model"])
+        infer(model, facts["feed"])
+        facts |= {"model": model, "calibration": replace(facts["calibration"], original=model)}
+        vars(self).update(state, piece=Workpiece(**facts))
 
     @property
     def builder(self) -> Builder:
