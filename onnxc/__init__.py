@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from onnxc.api import sparsify as sparsify
     from onnxc.api import unpack as unpack
     from onnxc.api import validate as validate
+    from onnxc.api import write_html as write_html
     from onnxc.errors import ClusterError as ClusterError
     from onnxc.errors import DataError as DataError
     from onnxc.errors import ModelError as ModelError
@@ -42,7 +43,7 @@ _HOMES = {
     "onnxc.api": (
         *("QuantizeSettings", "benchmark", "calibrate", "cluster", "compress", "factorize"),
         *("inspect", "load", "merge_statistics", "pack", "preview", "prune", "quantize"),
-        *("run_in_integers", "save", "sparsify", "unpack", "validate"),
+        *("run_in_integers", "save", "sparsify", "unpack", "validate", "write_html"),
     ),
     "onnxc.errors": ("ClusterError", "DataError", "ModelError", "OnnxcError", "OptionError"),
 }

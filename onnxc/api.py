@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from calib.data import Dataset, Preprocess
 from onnxc import recipe as recipes
+from onnxc.anatomy import Anatomy, anatomy
 from onnxc.anytime.searched import searched
 from onnxc.anytime.settings import CompressSettings
 from onnxc.bench import Latency, speedup, time_interleaved
@@ -23,10 +24,11 @@ from onnxc.calibration import calibrate, merge_statistics
 from onnxc.check import Comparison, compare, coverage
 from onnxc.compression import Attempt, Compressed, attempt, compress_model
 from onnxc.cost import file_bytes, inspect
-from onnxc.errors import OptionError
+from onnxc.errors import ModelError, OptionError
 from onnxc.fixed_graph import run_in_integers
 from onnxc.graph import load, save
 from onnxc.graph import size as model_size
+from onnxc.html.page import write_html
 from onnxc.opening import openings
 from onnxc.pairs import excess
 from onnxc.paths import check_folder, existing
@@ -52,7 +54,10 @@ from onnxc.request import (
 )
 from onnxc.runtime import Runtime
 from onnxc.search import untimed
+from onnxc.spans import histograms, spans
+from onnxc.storage.package import is_package
 from onnxc.storage.packing import check_packing, pack, store, unpack
+from onnxc.surroundings import surroundings
 from onnxc.tasks import CLUSTER, COMPRESS, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 from onnxc.vectors import write_vectors
 from onnxc.workpiece import silent
@@ -76,6 +81,7 @@ __all__ = [
     "sparsify",
     "unpack",
     "validate",
+    "write_html",
 ]
 
 SIDES = ("before", "after")
@@ -237,6 +243,7 @@ def _effect(tried: Attempt, name: str) -> Effect:
 
 def _report(job: Job, found: Compressed, missed: tuple[str, ...], is_written: bool) -> Report:
     size = file_bytes(job.output) if is_written else model_size(found.model)
+    packed = (is_package(job.path), is_written and is_package(job.output))
     is_opened = is_written and job.plan.task.aim.seeks == "size"
     first, last = openings((job.path, job.output)) if is_opened else (None, None)
     return Report(
@@ -252,6 +259,9 @@ def _report(job: Job, found: Compressed, missed: tuple[str, ...], is_written: bo
         speedup=found.ratio,
         comparison=found.comparison,
         coverage=found.coverage,
+        anatomy=anatomy((load(job.path), found.model), (file_bytes(job.path), size), packed),
+        spans=spans(found.model, histograms(job.calibration.memo, found.passes)),
+        surroundings=surroundings(),
         zeros=found.zeros,
         done=found.done if job.plan.task.aim.seeks != "integers" else (),
         changes=found.changes,
@@ -260,6 +270,16 @@ def _report(job: Job, found: Compressed, missed: tuple[str, ...], is_written: bo
         notes=(*found.notes, *job.notes),
         recipe=recipes.dump(replace(job.recipe, passes=found.passes)),
     )
+
+
+def _anatomy(first: Path, second: Path) -> Anatomy | None:
+    """Of two files; None where one of them can be run, but not rewritten."""
+    try:
+        models = (load(first), load(second))
+    except ModelError:
+        return None
+    sizes = (file_bytes(first), file_bytes(second))
+    return anatomy(models, sizes, (is_package(first), is_package(second)))
 
 
 def validate(
@@ -314,6 +334,8 @@ def validate(
         speedup=speedup(*times.values()) if times else None,
         comparison=comparison,
         coverage=coverage(pair[1], runtime),
+        anatomy=_anatomy(first, second),
+        surroundings=surroundings(),
         missed=missed_bounds(comparison, max_drop),
         notes=(*dataset.notes, *([untimed(needed, memory)] if needed else ())),
         vectors=None if folder is None else str(folder),
@@ -355,7 +377,8 @@ def benchmark(
     times = time_interleaved(named, feeds, runtime, repeats, min_time, math.inf)
     base, *others = times
     ratios = {name: speedup(times[base], times[name]) for name in others}
-    return Benchmark(runtime, times, ratios, min(batch, len(dataset)), dataset.notes)
+    count = min(batch, len(dataset))
+    return Benchmark(runtime, times, ratios, count, dataset.notes, surroundings())
 
 
 def missed_bounds(comparison: Any, max_drop: float | None) -> tuple[str, ...]:

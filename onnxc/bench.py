@@ -29,6 +29,7 @@ Feed = dict[str, NDArray[Any]]
 
 WARM_UP = 3
 LEAST = 9  # rounds, of however slow a model
+QUANTILES = 21  # of the rounds, from the shortest to the longest, that reports keep
 LONG = 10.0  # seconds of timing after which LEAST rounds are enough
 
 
@@ -48,6 +49,12 @@ class Latency:
         ms = np.asarray(seconds, np.float64) * 1e3
         p10, p25, p50, p75, p90 = (float(q) for q in np.percentile(ms, (10, 25, 50, 75, 90)))
         return cls(p10, p50, p90, (p75 - p25) / p50, tuple(ms.tolist()))
+
+    @property
+    def quantiles(self) -> tuple[float, ...]:
+        """The shortest round, 5 %, 10 %, … of all rounds, the longest."""
+        ends = np.linspace(0, 100, QUANTILES)
+        return tuple(map(float, np.percentile(self.samples, ends))) if self.samples else ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 
 from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
+from onnxc.html import page
 from onnxc.report import Report
 from onnxc.tasks import CLUSTER, COMPRESS, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 
@@ -84,10 +85,12 @@ def inspect(model: Path, as_json: bool, quiet: bool) -> None:
     "model.onnx, to check a target's own runtime.",
 )
 @options.seed
+@options.html
 @options.shown
 @click.pass_context
 def validate(context: click.Context, /, **settings: Any) -> int:
     """Compare CANDIDATE with REFERENCE: accuracy, agreement, SQNR, kernels, latency."""
+    _check_page(settings, "reference", "candidate", "data")
     with progress(settings) as say:
         found = api.validate(
             settings["reference"],
@@ -97,7 +100,7 @@ def validate(context: click.Context, /, **settings: Any) -> int:
             progress=say,
             **_some(settings, "data", "samples", "max_memory", "max_drop", "save_vectors", "seed"),
         )
-    show(found, console.render_validation, settings["as_json"], settings["quiet"])
+    _present(found, console.render_validation, settings)
     return EXIT_MISSED if found.missed else 0
 
 
@@ -111,10 +114,12 @@ def validate(context: click.Context, /, **settings: Any) -> int:
 @click.option("--repeats", type=click.IntRange(1), default=40, show_default=True, help="Rounds.")
 @click.option("--min-time", type=float, default=1.0, show_default=True, help="Least seconds.")
 @options.seed
+@options.html
 @options.shown
 @click.pass_context
 def bench(context: click.Context, /, **settings: Any) -> None:
     """Latency of MODELS, taken in turn; speeds are against the first."""
+    _check_page(settings, "models", "data")
     with progress(settings) as say:
         found = api.benchmark(
             settings["models"],
@@ -123,7 +128,7 @@ def bench(context: click.Context, /, **settings: Any) -> None:
             progress=say,
             **_some(settings, "data", "batch", "repeats", "min_time", "seed"),
         )
-    show(found, console.render_benchmark, settings["as_json"], settings["quiet"])
+    _present(found, console.render_benchmark, settings)
 
 
 VAL = click.option(
@@ -142,7 +147,7 @@ def writing(task: Task) -> options.Decorator[Any]:
         *(options.max_memory, options.cluster, options.runtime, options.seed, bound),
         click.option("--strict", is_flag=True, help="Write nothing when a bound is missed."),
         click.option("--dry-run", is_flag=True, help="List the effect, write nothing."),
-        *(options.recipes, options.shown, click.pass_context),
+        *(options.recipes, options.html, options.shown, click.pass_context),
     )
 
 
@@ -150,7 +155,7 @@ searching = options.group_of(
     *(click.argument("model", type=ModelArgument), options.output(), options.data(), VAL),
     *(options.search, options.from_fields(COMPRESS.settings), options.target, options.nodes),
     *(options.max_memory, options.cluster, options.runtime, options.seed),
-    *(options.recipes, options.shown, click.pass_context),
+    *(options.recipes, options.html, options.shown, click.pass_context),
 )
 
 
@@ -213,11 +218,12 @@ def compress(context: click.Context, /, **settings: Any) -> int:
 
     The output holds the best model so far at any time.
     """
+    _check_page(settings, "model", "output", "data", "val", "recipe")
     request = _request(COMPRESS, context, settings)
     bounds = _some(settings, "max_drop", "max_time", "resume")
     with progress(settings) as say, options.cluster_of(context, settings["model"]) as client:
         found = api.compress(settings["model"], **request, **bounds, progress=say, client=client)
-    show(found, console.render, settings["as_json"], settings["quiet"])
+    _present(found, console.render, settings)
     if settings["print_recipe"] and not settings["as_json"]:
         click.echo(found.recipe)
     return EXIT_MISSED if found.missed else 0
@@ -228,6 +234,7 @@ def _write(
 ) -> int:
     """What every writing command does with its options; the exit code."""
     request = _request(task, context, settings)
+    _check_page(settings, "model", "output", "data", "val", "stats", "recipe")
     if settings["dry_run"]:
         with progress(settings) as say:
             effect = api.preview(settings["model"], task=task, **request, progress=say)
@@ -236,7 +243,7 @@ def _write(
     bounds = _some(settings, "max_drop", "strict")
     with progress(settings) as say, options.cluster_of(context, settings["model"]) as client:
         found = write(settings["model"], **request, **bounds, progress=say, client=client)
-    show(found, console.render, settings["as_json"], settings["quiet"])
+    _present(found, console.render, settings)
     if settings["print_recipe"] and not settings["as_json"]:
         click.echo(found.recipe)
     return EXIT_MISSED if found.missed else 0
@@ -332,6 +339,27 @@ def _check_one_model(settings: dict[str, Any]) -> None:
         raise click.UsageError("give one MODEL, or --merge to make one of statistics files")
     if settings["data"] is None:
         raise click.UsageError("Missing option '--data': where do samples come from?")
+
+
+def _check_page(settings: dict[str, Any], *names: str) -> None:
+    """Refuse a page that cannot be written, or would replace what is read or written."""
+    if settings["html"] is None:
+        return
+    if settings.get("dry_run"):
+        raise click.UsageError("--html does not go with --dry-run, which measures nothing")
+    others = [settings[name] for name in names]
+    others = [x for other in others for x in (other if isinstance(other, tuple) else (other,))]
+    output = settings.get("output")
+    if output is not None and output.resolve() == settings["html"].resolve():
+        raise click.UsageError("--html and --output name one file: give two")
+    page.check_page(settings["html"], *others)
+
+
+def _present(found: Any, render: Render, settings: dict[str, Any]) -> None:
+    """Write the page of a report, where one is wanted, and show the report."""
+    if settings["html"] is not None:
+        api.write_html(found, settings["html"])
+    show(found, render, settings["as_json"], settings["quiet"])
 
 
 def show(found: Any, render: Render, as_json: bool, quiet: bool) -> None:

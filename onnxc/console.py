@@ -6,7 +6,6 @@ after, the verdict, what was left as it was by reason, notes. It decides nothing
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
@@ -16,11 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from onnxc.bench import Ratio
-from onnxc.check import Comparison, Coverage
-from onnxc.core import Skip
+from onnxc.check import Comparison
 from onnxc.cost import HeavyNode, Inspection, Port
-from onnxc.few_bits import is_in_float
 from onnxc.report import (
     Benchmark,
     Calibrated,
@@ -31,6 +27,19 @@ from onnxc.report import (
     Validation,
     verdict,
 )
+from onnxc.words import (
+    Row,
+    by_reason,
+    count_text,
+    kind_of,
+    left_alone,
+    measures,
+    nodes_text,
+    percent,
+    size_text,
+    untold,
+    zeros_notes,
+)
 
 NAMES_WIDTH = 60  # characters of the node names given for each reason; the JSON names all
 NAME_WIDTH = 30  # characters of a node's name in a table
@@ -40,7 +49,6 @@ OUTPUTS_SHOWN = 12
 USED = {"histogram": "values", "moments": "rows of layer inputs"}  # what a share is of
 
 Parts = list[RenderableType]
-Row = tuple[str, ...]
 Pairs = tuple[tuple[str, str], ...]  # of a node and what is said of it
 
 
@@ -49,8 +57,9 @@ def render(report: Report) -> RenderableType:
     table, result = _measures(report), _verdict(report)
     parts: Parts = [*_headline(report.headline), _title(report), table, result]
     parts += _done(report)
-    parts += _left_float(report.coverage, report.skips, is_in_float(report.way))
-    parts += _notes((*report.notes, *_zeros_notes(report), *_untold(report)))
+    title = "left alone" if report.coverage is None else "run in float"
+    parts += _grouped(title, left_alone(report))
+    parts += _notes((*report.notes, *zeros_notes(report), *untold(report)))
     return Group(*parts, *_effort(report.seconds, report.memory_peak))
 
 
@@ -66,7 +75,7 @@ def _done(report: Report) -> Parts:
     rest = len(report.done) - NODES_SHOWN
     if rest > 0:
         lines.add_row(Text(f"{rest} more"), Text("--json names them"))
-    title = f"{report.aim.done}: {_nodes(report.count or 0)}"
+    title = f"{report.aim.done}: {nodes_text(report.count or 0)}"
     return [Text(f"\n{title}", style="bold"), lines]
 
 
@@ -74,7 +83,7 @@ def render_preview(report: Preview) -> RenderableType:
     """What each way would change and leave alone."""
     title = f"[bold]{escape(report.model)}[/] → [bold]{escape(report.output)}[/], not written"
     parts: Parts = [Text.from_markup(f"{title}  [dim](target {report.target})[/]")]
-    parts += _grouped("prepared", ((c.node, _kind(c.what)) for c in report.prepared))
+    parts += _grouped("prepared", ((c.node, kind_of(c.what)) for c in report.prepared))
     alike: defaultdict[tuple[Pairs, Pairs], list[str]] = defaultdict(list)
     word = report.aim.done
     for name, effect in report.ways.items():
@@ -90,7 +99,7 @@ def render_preview(report: Preview) -> RenderableType:
 
 def _effects(effect: Effect) -> tuple[Pairs, Pairs]:
     """What is done to which nodes, and what is left alone, each node with the first reason."""
-    done = tuple((change.node, _kind(change.what)) for change in effect.done)
+    done = tuple((change.node, kind_of(change.what)) for change in effect.done)
     names = {node for node, _ in done}
     reasons = {s.node: s.reason for s in reversed(effect.skips) if s.node not in names}
     return done, tuple(reversed(reasons.items()))
@@ -104,7 +113,7 @@ def render_validation(report: Validation) -> RenderableType:
         parts += ["", _outputs(report.comparison)]
     written = [f"test vectors are in {report.vectors}"] if report.vectors else []
     notes = _notes((*report.comparison.notes, *report.notes, *written))
-    return Group(*parts, _verdict(report), *_left_float(report.coverage), *notes)
+    return Group(*parts, _verdict(report), *_grouped("run in float", left_alone(report)), *notes)
 
 
 def render_benchmark(report: Benchmark) -> RenderableType:
@@ -148,7 +157,7 @@ def render_calibrated(report: Calibrated) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for kind, count in report.statistics.items():
         share = {"histogram": report.binned, "moments": report.rows}.get(kind)
-        used = f"of {_percent(share)} of the {USED[kind]}" if share is not None else ""
+        used = f"of {percent(share)} of the {USED[kind]}" if share is not None else ""
         facts.add_row(Text(kind, style="dim"), Text(str(count), justify="right"), Text(used))
     facts.add_row(Text("file", style="dim"), Text(size_text(report.bytes), justify="right"))
     merged = [f"merged from {_some(list(report.sources))}"] if len(report.sources) > 1 else []
@@ -189,65 +198,9 @@ def _measures(report: Report | Validation) -> Table:
     for heading in ("before", "after"):
         table.add_column(heading, justify="right")
     table.add_column("change")
-    rows = [*_cost_rows(report), *_zeros_rows(report), *_quality_rows(report.comparison)]
-    if isinstance(report, Validation):
-        rows += _error_rows(report.comparison)
-    for row in rows:
+    for row in measures(report):
         table.add_row(*row)
-    if report.coverage is not None and report.coverage.total:
-        count = f"{report.coverage.integer} of {report.coverage.total}"
-        table.add_row("integer kernels", "", count, "")
     return table
-
-
-def _cost_rows(report: Report | Validation) -> Iterator[Row]:
-    before, after = report.before, report.after
-    shrink = f"{before.bytes / max(after.bytes, 1):.2f}x"
-    yield "file", size_text(before.bytes), size_text(after.bytes), shrink
-    if before.macs and after.macs and before.macs != after.macs:
-        saved = f"{before.macs / after.macs:.2f}x"
-        yield "MACs", count_text(before.macs), count_text(after.macs), saved
-    if before.latency and after.latency:
-        ratio = _spread(report.speedup) if report.speedup else ""
-        yield "latency p50", f"{before.latency.p50:.3f} ms", f"{after.latency.p50:.3f} ms", ratio
-    if before.opening and after.opening:
-        yield "time to load", f"{before.opening.ms:.0f} ms", f"{after.opening.ms:.0f} ms", ""
-        held = [x.opening.memory for x in (before, after) if x.opening]
-        if None not in held:
-            yield "memory loaded", *(size_text(x or 0) for x in held), ""
-
-
-def _zeros_rows(report: Report | Validation) -> Iterator[Row]:
-    if not isinstance(report, Report) or report.zeros is None:
-        return
-    before, after = report.zeros
-    yield "zero weights", _percent(before.share), _percent(after.share), ""
-    shrink = f"{before.coded / max(after.coded, 1):.2f}x"
-    yield "with zeros coded", size_text(before.coded), size_text(after.coded), shrink
-
-
-def _spread(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
-
-
-def _quality_rows(comparison: Comparison | None) -> Iterator[Row]:
-    if comparison is None:
-        return
-    for label, pair in (("top-1", comparison.top1), ("top-5", comparison.top5)):
-        if pair:
-            change = f"{100 * (pair[1] - pair[0]):+.2f} points"
-            yield label, _percent(pair[0]), _percent(pair[1]), change
-    if comparison.perplexity:
-        first, second = comparison.perplexity
-        yield "perplexity", f"{first:.3f}", f"{second:.3f}", f"{second - first:+.3f}"
-    if comparison.agreement is not None:
-        yield "agreement", "", _percent(comparison.agreement), ""
-    yield "SQNR", "", f"{comparison.sqnr:.1f} dB", ""
-
-
-def _error_rows(comparison: Comparison) -> Iterator[Row]:
-    yield "cosine", "", f"{comparison.cosine:.5f}", ""
-    yield "largest error", "", f"{comparison.max_abs_error:.3g}", ""
 
 
 def _outputs(comparison: Comparison) -> Table:
@@ -256,7 +209,7 @@ def _outputs(comparison: Comparison) -> Table:
         table.add_column(heading, justify="right")
     worst = sorted(comparison.outputs.items(), key=lambda item: item[1].sqnr)[:OUTPUTS_SHOWN]
     for name, f in comparison.outputs.items() if len(comparison.outputs) <= len(worst) else worst:
-        error, agreement = f"{f.max_abs_error:.3g}", _percent(f.agreement)
+        error, agreement = f"{f.max_abs_error:.3g}", percent(f.agreement)
         table.add_row(escape(name), f"{f.sqnr:.1f} dB", f"{f.cosine:.5f}", error, agreement)
     rest = len(comparison.outputs) - len(worst)
     if rest:
@@ -271,74 +224,22 @@ def _verdict(report: Report | Validation) -> RenderableType:
     return Group("", text, "")
 
 
-def _left_float(
-    coverage: Coverage | None, skips: Iterable[Skip] = (), weights_alone: bool = False
-) -> Parts:
-    """Heavy nodes that run in float, with the reason of the pass that left them, if it gave one."""
-    if coverage is None:
-        return _grouped("left alone", ((s.node, s.reason) for s in skips))
-    if weights_alone:
-        left = ((k.node, "only weights are stored in few bits") for k in coverage.left_float)
-        return _grouped("run in float", left)
-    reasons = {skip.node: skip.reason for skip in reversed(tuple(skips))}
-    left = (
-        (k.node, reasons.get(k.node, k.reason.removesuffix(", which is left in float")))
-        for k in coverage.left_float
-    )
-    return _grouped("run in float", left)
-
-
-def _zeros_notes(report: Report) -> Iterator[str]:
-    """What zeros are good for, and what not."""
-    if report.zeros is None:
-        return
-    bits = report.zeros[1].bits
-    yield (
-        f"the file holds its zeros as any other value: with zeros coded is an estimate, {bits:.2f} "
-        "bits a weight for where they lie and all bits of the others"
-    )
-    yield "stock runtimes multiply by zeros too: no speed is gained from them"
-
-
-def _untold(report: Report) -> Iterator[str]:
-    """How many nodes were left alone besides the heavy ones, which are told by their kernels."""
-    if report.coverage is None:
-        return
-    told = {k.node for k in report.coverage.left_float} | {c.node for c in report.changes}
-    rest = {skip.node for skip in report.skips} - told
-    if rest:
-        yield f"left alone besides: {_nodes(len(rest))} with little to gain; --json names them"
-
-
-def _kind(what: str) -> str:
-    """What a change is, without names and figures: equal ones count as one."""
-    kind = re.sub(r",? -?[\d.]+ (dB|scales)|, [\d.]+ % .*|^\S+ (?=int\d)| by up to .*", "", what)
-    return re.sub(r"(?<=^shares ).*", "the weight of another node", kind)
-
-
 def _grouped(title: str, pairs: Iterable[tuple[str, str]]) -> Parts:
     """Nodes by reason, the most frequent reason first; a few names of each."""
-    groups: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    for node, reason in pairs:
-        groups[reason][node] = None
-    if not groups:
+    order = by_reason(pairs)
+    if not order:
         return []
-    order = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     lines = Table.grid(padding=(0, 0, 0, 2))
     lines.add_column(justify="right")
     lines.add_column(overflow="fold")
     for reason, nodes in order[:REASONS_SHOWN]:
-        lines.add_row(Text(str(len(nodes))), Text(f"{reason}: {_some(list(nodes))}"))
+        lines.add_row(Text(str(len(nodes))), Text(f"{reason}: {_some(nodes)}"))
     rest = order[REASONS_SHOWN:]
     if rest:
         count = len({node for _, nodes in rest for node in nodes})
         lines.add_row(Text(str(count)), Text(f"for {len(rest)} other reasons; --json names them"))
-    total = len({node for nodes in groups.values() for node in nodes})
-    return [Text(f"{title}: {_nodes(total)}", style="bold"), lines]
-
-
-def _nodes(count: int) -> str:
-    return f"{count} node{'s'[: count != 1]}"
+    total = len({node for _, nodes in order for node in nodes})
+    return [Text(f"{title}: {nodes_text(total)}", style="bold"), lines]
 
 
 def _some(names: list[str]) -> str:
@@ -405,23 +306,3 @@ def _port_text(port: Port) -> str:
         return f"{port.name} {port.dtype} of any shape"
     dims = ", ".join("?" if d is None else str(d) for d in port.shape)
     return f"{port.name} {port.dtype} [{dims}]"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f} %"
-
-
-def size_text(count: int) -> str:
-    """Bytes in words: "13.9 MB" (powers of 1000)."""
-    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
-
-
-def count_text(count: int) -> str:
-    """A large count: "3.5 M"."""
-    return _scaled(count, ("", "k", "M", "G", "T")).rstrip()
-
-
-def _scaled(count: int, units: tuple[str, ...]) -> str:
-    power = min(len(units) - 1, (len(str(abs(count))) - 1) // 3)
-    number = f"{count}" if power == 0 else f"{count / 1000**power:.1f}"
-    return f"{number} {units[power]}"

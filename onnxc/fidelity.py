@@ -25,6 +25,7 @@ from calib.data import Dataset
 from calib.inputs import sample_axes
 from onnxc.errors import DataError
 from onnxc.graph import Model
+from onnxc.numerics.intervals import change_interval, share_interval
 from onnxc.pairs import Pairing
 from onnxc.runtime import Runtime
 
@@ -52,6 +53,9 @@ class Comparison:
 
     agreement, top1, top5 and perplexity are of the first output that has classes. Labels are one a
     sample, or one a token; without labels a language model is judged by its next input token.
+    decisions: how many were judged by such a label. flips: of these, how many were right in the
+    reference alone (lost), and in the candidate alone (won). Intervals are of 95 %
+    (`onnxc.numerics.intervals`), of the agreement as if each sample were one decision.
     """
 
     samples: int
@@ -61,6 +65,28 @@ class Comparison:
     top5: Pair | None = None
     perplexity: Pair | None = None
     notes: tuple[str, ...] = ()
+    decisions: int = 0
+    flips: tuple[int, int] | None = None
+
+    @property
+    def top1_intervals(self) -> tuple[Pair, Pair] | None:
+        """Of the reference, of the candidate."""
+        return _intervals(self.top1, self.decisions)
+
+    @property
+    def top5_intervals(self) -> tuple[Pair, Pair] | None:
+        return _intervals(self.top5, self.decisions)
+
+    @property
+    def change_interval(self) -> Pair | None:
+        """Of the change of top-1, candidate less reference."""
+        return None if self.flips is None else change_interval(*self.flips, self.decisions)
+
+    @property
+    def agreement_interval(self) -> Pair | None:
+        if self.agreement is None:
+            return None
+        return share_interval(self.agreement * self.samples, self.samples)
 
     @property
     def sqnr(self) -> float:
@@ -74,6 +100,12 @@ class Comparison:
     @property
     def max_abs_error(self) -> float:
         return max((o.max_abs_error for o in self.outputs.values()), default=0.0)
+
+
+def _intervals(shares: Pair | None, n: int) -> tuple[Pair, Pair] | None:
+    if shares is None or not n:
+        return None
+    return share_interval(shares[0] * n, n), share_interval(shares[1] * n, n)
 
 
 def decibel(signal: float, noise: float) -> float:
@@ -132,7 +164,11 @@ def compare(
     ]
     agreement = next((f.agreement for f in fidelities.values() if f.agreement is not None), None)
     top1, top5, perplexity = scores.result()
-    return Comparison(done, fidelities, agreement, top1, top5, perplexity, tuple(notes))
+    return Comparison(
+        *(done, fidelities, agreement, top1, top5, perplexity, tuple(notes)),
+        decisions=scores.count,
+        flips=scores.flips,
+    )
 
 
 def check_labels(labels: Array, outputs: Mapping[str, Any]) -> None:
@@ -242,6 +278,8 @@ class _Scores:
     )  # model x (top-1, top-5)
     surprise: Array = field(default_factory=lambda: np.zeros(2))  # Σ −log p
     count: int = 0
+    lost: int = 0
+    won: int = 0
 
     def of(self, name: str, ref: Array) -> bool:
         if self.name is None and ref.dtype.kind in "fV" and class_scores(ref).ndim >= 2:
@@ -251,15 +289,23 @@ class _Scores:
     def update(self, ref: Array, out: Array, targets: Array | None) -> None:
         if targets is None:
             return
+        right = []
         for row, logits in enumerate((ref, out)):
             scores = _aligned(logits, targets)
             if scores is None:
                 return
-            self.hits[row] += _hits(scores, targets)
+            right.append(scores.argmax(-1) == targets)
+            self.hits[row] += int(right[row].sum()), _among_five(scores, targets)
             if targets.ndim == 2:
                 self.is_tokens = True
                 self.surprise[row] += surprise(scores, targets).sum()
         self.count += targets.size
+        self.lost += int((right[0] & ~right[1]).sum())
+        self.won += int((right[1] & ~right[0]).sum())
+
+    @property
+    def flips(self) -> tuple[int, int] | None:
+        return (self.lost, self.won) if self.count else None
 
     def result(self) -> tuple[Pair | None, Pair | None, Pair | None]:
         """top-1, top-5 and perplexity, each (reference, candidate)."""
@@ -294,10 +340,10 @@ def _aligned(logits: Array, targets: Array) -> Array | None:
     return scores if fits and targets.min() >= 0 and targets.max() < scores.shape[-1] else None
 
 
-def _hits(scores: Array, targets: Array) -> tuple[int, int]:
+def _among_five(scores: Array, targets: Array) -> int:
+    """How many targets have fewer than five scores above their own."""
     own = np.take_along_axis(scores, targets[..., None].astype(np.int64), -1)
-    first = scores.argmax(-1) == targets
-    return int(first.sum()), int(((scores > own).sum(-1) < 5).sum())
+    return int(((scores > own).sum(-1) < 5).sum())
 
 
 def surprise(scores: Array, targets: Array) -> Array:

@@ -335,3 +335,9 @@ shown = group_of(
     click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output."),
     click.option("--quiet", is_flag=True, help="No progress and no report."),
 )
+html = click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the report as one page that works offline, with pictures.",
+)

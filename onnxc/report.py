@@ -8,15 +8,24 @@ A report is a plain dataclass, and `to_json` writes any of them: its fields are 
     aim                 {name, done, seeks}: the task, the word for a node it changed, what counts
     zeros               [{weights, zeros, bits, coded, share}, the same after], or null
     speedup             {median, low, high, is_slower}, original over result
-    latency             {p10, p50, p90, spread}
+    latency             {p10, p50, p90, spread, quantiles}
     opening             {ms, memory}, where the task seeks a small file
     comparison          {samples, outputs {NAME: {sqnr, cosine, max_abs_error, agreement}},
                         agreement, top1, top5, perplexity: each [reference, candidate], notes,
-                        sqnr, cosine, max_abs_error}
+                        decisions, flips [lost, won], top1_intervals, top5_intervals,
+                        change_interval, agreement_interval, sqnr, cosine, max_abs_error}
     coverage            {kernels [{node, op, integer, reason}], boundaries, orphans, total, integer,
                         left_float}
     changes, skips      [{node, what, before, after}], [{node, reason}]
+    points              [{name, bytes, drop, low, high, speed, is_met, is_best, on_front}]
+    blame               [{node, op, tensor, sqnr, own}]
+    anatomy             {layers [{node, op, before, after}], types {NAME: [before, after]}, rest,
+                        saved, files}
+    spans               [{tensor, type, scale, zero_point, low, high, least, most, clipped, counts,
+                        used}]
+    surroundings        {versions, system, processor, features, cores}
 
+`onnxc.schema` makes a JSON Schema of them all; docs/report.md says what each key means.
 Bytes and seconds are plain numbers, latencies milliseconds, SQNR decibel, shares lie in 0..1. What
 is not known or not finite is null.
 """
@@ -32,12 +41,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from onnxc.anatomy import Anatomy
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage
 from onnxc.core import Change, Skip
 from onnxc.opening import Opening
 from onnxc.runtime import Runtime
+from onnxc.spans import Span
 from onnxc.storage.package import Tally
+from onnxc.surroundings import Surroundings
 from onnxc.zeros import Zeros
 
 # Where a verdict turns red, whatever was asked for
@@ -74,7 +86,7 @@ class Aim:
 
 @dataclass(frozen=True)
 class Point:
-    """A candidate as measured. bytes: of its file. drop: of the metric, with its interval.
+    """A candidate as measured. bytes: of its file. drop: of the metric, in its unit, with bounds.
 
     speed: float latency over its own, None where it was not timed. is_met: whether it keeps the
     bound. is_best: whether it is the result. on_front: whether no other one is better in one of
@@ -117,7 +129,8 @@ class Report:
     zeros: before and after, where the aim seeks them. done: the changes that were asked for, which
     are among `changes`. missed: bounds that the user asked for and
     the result does not meet. recipe: TOML that replays it all. points: candidates of a search.
-    blame: layers in the order of the graph.
+    blame: layers in the order of the graph. spans: ranges of the tensors that were quantized by
+    what calibration saw.
     """
 
     model: str
@@ -141,6 +154,9 @@ class Report:
     recipe: str = ""
     points: tuple[Point, ...] = ()
     blame: tuple[Blame, ...] = ()
+    anatomy: Anatomy | None = None
+    spans: tuple[Span, ...] = ()
+    surroundings: Surroundings | None = None
     memory_peak: int | None = None
     seconds: float | None = None
 
@@ -193,6 +209,9 @@ class Validation:
     missed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     vectors: str | None = None
+    blame: tuple[Blame, ...] = ()
+    anatomy: Anatomy | None = None
+    surroundings: Surroundings | None = None
 
     @property
     def is_good(self) -> bool:
@@ -212,6 +231,7 @@ class Benchmark:
     ratios: dict[str, Ratio]
     batch: int = 1
     notes: tuple[str, ...] = ()
+    surroundings: Surroundings | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from onnxc.check import compare, coverage, problems, snapshot
 from onnxc.errors import DataError, ModelError
 from onnxc.fidelity import SQNR_CAP, decibel
 from onnxc.graph import Model, load
+from onnxc.numerics.intervals import change_interval, share_interval
 
 LAYER = "g (float[N,4] x, float[4,3] W) => (float[N,3] y) { y = MatMul (x, W) }"
 FEED = {"x": normal(5, 4)}
@@ -130,6 +131,10 @@ def test_compare_gives_the_definitions() -> None:
     assert 0 < agreement < 1
     assert result.agreement == pytest.approx(agreement)
     assert result.top1 == (pytest.approx(agreement), 1.0)
+    assert (result.decisions, result.flips) == (40, (0, round(40 * (1 - agreement))))
+    assert result.change_interval == change_interval(*result.flips, 40)
+    assert result.top1_intervals == (share_interval(40 * agreement, 40), share_interval(40, 40))
+    assert result.agreement_interval == result.top1_intervals[0]
     assert result.top5 == (1.0, 1.0)
     assert result.perplexity is None
 
@@ -153,6 +158,7 @@ def test_equal_models_are_at_the_cap() -> None:
     data = layer().SerializeToString()
     result = compare(data, data, open_data({"x": normal(3, 4)}, SPEC))
     assert (result.sqnr, result.agreement, result.max_abs_error) == (SQNR_CAP, 1.0, 0.0)
+    assert (result.decisions, result.flips, result.change_interval) == (0, None, None)
 
 
 def test_language_model_is_judged_by_its_next_token() -> None:
@@ -168,6 +174,10 @@ def test_language_model_is_judged_by_its_next_token() -> None:
     assert result.perplexity is not None
     assert result.perplexity[0] == pytest.approx(np.exp(-np.log(likelihood).mean()), rel=1e-5)
     assert result.perplexity[1] == pytest.approx(9.0, rel=1e-6)
+    assert result.top1 is not None and result.flips is not None
+    lost, won = result.flips
+    assert result.decisions == 6 * 4
+    assert (won - lost) / 24 == pytest.approx(result.top1[1] - result.top1[0])
 
 
 def test_wrong_labels_and_lost_outputs_are_errors() -> None:

@@ -53,8 +53,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_the_wheel_holds_our_packages_and_nothing_else(wheel: list[str]) -> None:
     modules = {p.relative_to(ROOT).as_posix() for name in PACKAGES for p in sources(ROOT / name)}
     recipes = {f"onnxc/recipes/{path.name}" for path in shipped().values()}
+    templates = {f"onnxc/html/templates/{name}" for name in ("page.html", "style.css")}
     files = {name for name in wheel if ".dist-info/" not in name}
-    assert recipes and files == modules | recipes | {f"{name}/py.typed" for name in PACKAGES}
+    others = recipes | templates | {f"{name}/py.typed" for name in PACKAGES}
+    assert recipes and files == modules | others
 
 
 def test_the_wheel_holds_the_license_and_the_command(wheel: list[str]) -> None:
