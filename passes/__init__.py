@@ -24,6 +24,7 @@ from passes.share_constants import ShareConstants
 from passes.shrink import Shrink
 from passes.simplify_shapes import SimplifyShapes
 from passes.sparsify import Sparsify
+from passes.split_outliers import SplitOutliers
 from passes.store_codebooks import StoreCodebooks
 from passes.to_qoperator import ToQOperator
 from passes.upgrade_opset import UpgradeOpset
@@ -54,6 +55,7 @@ __all__ = [
     "Shrink",
     "SimplifyShapes",
     "Sparsify",
+    "SplitOutliers",
     "StoreCodebooks",
     "ToQOperator",
     "UpgradeOpset",
