@@ -75,18 +75,18 @@ def widen(graph: gs.Graph, channels: Channels, copies: Copies) -> None:
             array = np.take(values(old), order.position, slot.axis)
             node.inputs[slot.position] = store(graph, fresh(graph, f"{old.name}_wide"), array)
     for node in graph.nodes:
-        wide = _wide(channels.inputs(node)[0].get(1), copies) if is_depthwise(node) else 0
-        if wide:
-            node.attrs["group"] = wide
+        x = channels.inputs(node)[0] if is_depthwise(node) else {}
+        for axis, wide in _sizes(x, copies).items():
+            node.attrs["group"] = wide if axis == 1 else groups(node)
         for tensor in (t for t in node.outputs if t.shape is not None):
-            axes = channels.tensors.get(tensor.name, {})
-            sizes = {axis: _wide(labels, copies) for axis, labels in axes.items()}
+            sizes = _sizes(channels.tensors.get(tensor.name, {}), copies)
             tensor.shape = [sizes.get(axis, size) for axis, size in enumerate(tensor.shape)]
 
 
-def _wide(labels: Labels | None, copies: Copies) -> int:
-    """How many indices an axis has then."""
-    return 0 if labels is None else sum(copies.get(int(root), 1) for root in labels)
+def _sizes(axes: Axes, copies: Copies) -> dict[int, int]:
+    """How many indices those of some axes have then that have copies."""
+    found = {a: sum(copies.get(root, 1) for root in x.tolist()) for a, x in axes.items()}
+    return {axis: size for axis, size in found.items() if size > len(axes[axis])}
 
 
 def order_of(labels: Labels, copies: Copies) -> Order:
