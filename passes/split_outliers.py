@@ -103,8 +103,11 @@ class SplitOutliers:
             candidate.numbers[node.name],
         )
         columns = np.repeat(numbers, W.shape[1] // len(numbers))
-        is_one = self.per_tensor or weight_axis(node, context) is None
+        is_one = self._has_one_scale(node, context)
         return Reader.of(W, context.stats[key].diagonal[0], columns, candidate.count, is_one)
+
+    def _has_one_scale(self, node: gs.Node, context: Context) -> bool:
+        return self.per_tensor or weight_axis(node, context) is None
 
     def _write(
         self, graph: gs.Graph, candidate: Candidate, found: Split, context: Context, q: int
@@ -114,28 +117,27 @@ class SplitOutliers:
             assert candidate.scaled is not None
             group, numbers = candidate.scaled
             scale(graph, group, found.s[numbers], "split")
-        orders, sizes = [], []
-        for node in candidate.readers:
-            reader = self._reader(candidate, node, context)
-            sizes.append(steps(reader.peaks, found.k, q))
-            orders.append(Order.of(found.k[candidate.numbers[node.name]]))
         assert candidate.copy is not None
         candidate.copy(found.k)
-        for node, order, step in zip(candidate.readers, orders, sizes, strict=True):
-            _part(graph, node, order, step)
+        for node in candidate.readers:
+            order = Order.of(found.k[candidate.numbers[node.name]])
+            _part(graph, node, order, self._has_one_scale(node, context), q)
 
 
-def _part(graph: gs.Graph, node: gs.Node, order: Order, step: Array) -> None:
+def _part(graph: gs.Graph, node: gs.Node, order: Order, has_one_scale: bool, q: int) -> None:
     """Parts of a weight's columns in the place of as many equal ones."""
     row, old = knowledge(node), weight_of(node)
     assert row.in_axis is not None and row.out_axis is not None and old is not None
-    inside, rank = row.in_axis(node), len(old.shape)
-    w = values(old)
+    inside, outside, w = row.in_axis(node), row.out_axis(node), values(old)
     if w.shape[inside] < len(order.position):  # a Gather copies what it reads, not the weight
         w = np.take(w, order.position, inside)
-    k, i = (along(x, inside, rank) for x in (order.count, order.turn))
-    size = along(step, row.out_axis(node) if len(step) > 1 else None, rank)
-    made = part(w, k, i, size).astype(old.dtype)
+    k, i = (along(x, inside, w.ndim) for x in (order.count, order.turn))
+    others = tuple(axis for axis in range(2, w.ndim))
+    peaks = np.abs(w).max(axis=others) if others else np.abs(w)
+    peaks = peaks if outside == 0 else peaks.T
+    peaks = peaks.max(axis=0, keepdims=True) if has_one_scale else peaks
+    step = along(steps(peaks, order.count, q), None if has_one_scale else outside, w.ndim)
+    made = part(w, k, i, step).astype(old.dtype)
     node.inputs[row.weight] = store(graph, fresh(graph, f"{old.name}_split"), made)
 
 
