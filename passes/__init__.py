@@ -14,6 +14,7 @@ from passes.fold_norm import FoldNorm
 from passes.merge_bias import MergeBias
 from passes.prune import Prune
 from passes.quantize import Quantize
+from passes.quantize_activations import QuantizeActivations
 from passes.quantize_constants import QuantizeConstants
 from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_layers import QuantizeLayers
@@ -45,6 +46,7 @@ __all__ = [
     "MergeBias",
     "Prune",
     "Quantize",
+    "QuantizeActivations",
     "QuantizeConstants",
     "QuantizeDynamic",
     "QuantizeLayers",
