@@ -60,7 +60,7 @@ class SplitOutliers:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise OptionError(
-                f"share is one of the channels, above 0 and up to 1, not {self.share:g}"
+                f"share is a part of the channels, above 0 and up to 1, not {self.share:g}"
             )
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
@@ -93,15 +93,14 @@ class SplitOutliers:
         grid = activation_grid(context.target)
         readers = [self._reader(candidate, node, context) for node in candidate.readers]
         low, high = candidate.ends(context)
+        if context.target.symmetric:
+            low, high = np.minimum(low, -high), np.maximum(high, -low)
         return Problem(low, high, readers, grid.high - grid.low, q, candidate.scaled is not None)
 
     def _reader(self, candidate: Candidate, node: gs.Node, context: Context) -> Reader:
         weight, key = weight_of(node), moments_key(node)
         assert weight is not None and key is not None
-        W, numbers = (
-            matrix(node, values(weight).astype(np.float64))[0],
-            candidate.numbers[node.name],
-        )
+        W, numbers = matrix(node, values(weight))[0], candidate.numbers[node.name]
         columns = np.repeat(numbers, W.shape[1] // len(numbers))
         is_one = self._has_one_scale(node, context)
         return Reader.of(W, context.stats[key].diagonal[0], columns, candidate.count, is_one)
@@ -132,8 +131,7 @@ def _part(graph: gs.Graph, node: gs.Node, order: Order, has_one_scale: bool, q: 
     if w.shape[inside] < len(order.position):  # a Gather copies what it reads, not the weight
         w = np.take(w, order.position, inside)
     k, i = (along(x, inside, w.ndim) for x in (order.count, order.turn))
-    others = tuple(axis for axis in range(2, w.ndim))
-    peaks = np.abs(w).max(axis=others) if others else np.abs(w)
+    peaks = np.abs(w).max(axis=tuple(range(2, w.ndim)))
     peaks = peaks if outside == 0 else peaks.T
     peaks = peaks.max(axis=0, keepdims=True) if has_one_scale else peaks
     step = along(steps(peaks, order.count, q), None if has_one_scale else outside, w.ndim)

@@ -59,7 +59,7 @@ class Reader:
     @classmethod
     def of(cls, W: Array, h: Floats, channel: Array, count: int, one_scale: bool = False) -> Reader:
         """W (outputs, columns); h (columns,); channel: of each column, one of `count`."""
-        sizes, peaks = np.abs(W), np.zeros((count, len(W)))
+        sizes, peaks = np.abs(W, dtype=np.float64), np.zeros((count, len(W)))
         np.maximum.at(peaks, channel, sizes.T)
         u = _sums(channel, np.square(sizes).sum(axis=0), count)
         total = _sums(channel, h, count)
