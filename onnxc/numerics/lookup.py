@@ -5,12 +5,13 @@ An activation on the grid s (c − z), c in low … high, is put on levels of th
     c <- T[c],      T takes 2^b values at most, and T[z] = z
 
 so that zero stays exact. The levels are those of LQ-Nets (`onnxc.numerics.activation_levels`),
-Σ_i v_i e_i with e in {0, 1}^b above the least code that occurs, fitted to how often each code
-does, and rounded. Where z is none of them, the nearest one makes room for it.
+Σ_i v_i e_i with e in {0, 1}^b above a least one, fitted to how often each code occurs, and rounded.
+Where z is none of them, the nearest one makes room for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -22,6 +23,9 @@ from onnxc.numerics.kmeans import Points, nearest
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
+Grid = tuple[int, float]  # levels below zero, and how far they are apart
+
+ENDS = np.linspace(1.0, 0.1, 19)  # shares of each side of a range that grids reach to
 
 
 def counted(x: Floats, n: Floats, scale: float, zero: int, low: int, high: int) -> Floats:
@@ -31,15 +35,46 @@ def counted(x: Floats, n: Floats, scale: float, zero: int, low: int, high: int) 
 
 
 def few(counts: Floats, zero: int, low: int, bits: int) -> Codes:
-    """The levels as sorted codes; counts: how often each code from low on occurs."""
+    """The levels as sorted codes; counts: how often each code from low on occurs.
+
+    From the uniform grid over a part of the range that loses least, which stays where it is best.
+    """
     used = np.flatnonzero(counts)
     if not len(used):
         return np.array([zero], np.int64)
-    first = used[0]
-    n = counts[used]
-    v = basis(Points((used - first).astype(np.float64), n, n), bits)
-    levels = np.array([float(np.dot(e, v)) for e in product((0.0, 1.0), repeat=bits)])
-    kept = np.unique(np.clip(np.rint(levels) + first, 0, len(counts) - 1).astype(np.int64)) + low
+    high = low + len(counts) - 1
+
+    def error(levels: Floats) -> float:
+        return lost(counts, table(_rounded(levels, zero, low, high), low, high), low)
+
+    below, above = max(zero - low - int(used[0]), 0), max(low + int(used[-1]) - zero, 0)
+    grids = list(_grids(below, above, bits))
+    least, step = min(grids, key=lambda grid: error(_levels(zero, grid, bits)))
+    start = zero - least * step
+    points = Points((used + low - start).astype(np.float64), counts[used], counts[used])
+    e = np.array(list(product((0.0, 1.0), repeat=bits)))
+    both = _levels(zero, (least, step), bits), start + e @ basis(points, bits, step)
+    return _rounded(min(both, key=error), zero, low, high)
+
+
+def _grids(below: int, above: int, bits: int) -> Iterator[Grid]:
+    """Uniform grids over parts of a range."""
+    for a in ENDS if below else (0.0,):
+        for b in ENDS if above else (0.0,):
+            step = (a * below + b * above) / (2**bits - 1)
+            if step > 0:
+                yield round(a * below / step), step
+    yield 0, 1.0
+
+
+def _levels(zero: int, grid: Grid, bits: int) -> Floats:
+    least, step = grid
+    return zero + (np.arange(2**bits) - least) * step
+
+
+def _rounded(levels: Floats, zero: int, low: int, high: int) -> Codes:
+    """Levels as codes, with zero among them."""
+    kept = np.unique(np.clip(np.rint(levels), low, high).astype(np.int64))
     if zero not in kept:
         kept[np.argmin(np.abs(kept - zero))] = zero
     return np.unique(kept)
