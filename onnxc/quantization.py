@@ -216,7 +216,8 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
         assert bits != 1 and bits != 16
         found = {n: _inserted(p, SplitOutliers(share, bits=bits)) for n, p in found.items()}
     if levels is not None:
-        piece.calibration.notes.append(SPEEDLESS.format(2**levels))
+        told = piece.calibration.notes
+        told += {SPEEDLESS.format(2**levels)} - {*told}
         tables = QuantizeActivations(levels, settings.keep_ends)
         found = {f"{n}, {2**levels} levels": _tabled(p, tables) for n, p in found.items()}
     return found

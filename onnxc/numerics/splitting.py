@@ -37,7 +37,6 @@ from onnxc.numerics.affine import TINY
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
-Pair = tuple[Floats, Floats]  # s and k
 
 ROOM = 1e-12  # of an error, that is no gain
 
@@ -89,11 +88,16 @@ class Problem:
 
     def error(self, s: Floats, k: Floats) -> float:
         """E(s, k)."""
+        sizes = (reader.peaks * (s / spread(k, self.q)) for reader in self.readers)
+        return self.total(s, [x.max(axis=1, initial=0) for x in sizes])
+
+    def total(self, s: Floats, largest: Sequence[Floats]) -> float:
+        """E of the largest numbers of each scale, (scales,) for each reader."""
         step = self._reach(s) / self.n
         total = 0.0
-        for reader in self.readers:
-            steps = (reader.peaks * (s / spread(k, self.q))).max(axis=1, initial=0) / self.q
-            total += reader.outputs * float(np.square(steps).sum()) / 12 * float(reader.h @ s**-2)
+        for reader, top in zip(self.readers, largest, strict=True):
+            squares = reader.outputs * float(np.square(top / self.q).sum())
+            total += squares / 12 * float(reader.h @ s**-2)
             total += float((reader.u * s**2) @ np.minimum(step**2 / 12, reader.m / s**2))
         return total
 
@@ -121,51 +125,80 @@ def split(problem: Problem, most: int) -> Split:
 
     Of two ways: inputs alone, as one of two that reach equally far gains nothing yet, and both.
     """
-    start = (np.ones(len(problem.low)), np.ones(len(problem.low)))
-    before = least = problem.error(*start)
-    best = start
+    s, k = (np.ones(len(problem.low)) for _ in range(2))
+    before = least = problem.error(s, k)
     for has_weights in (True, False):
-        for pair in _way(problem, start, most, has_weights):
-            found = problem.error(*pair)
+        for found, *pair in _way(problem, most, has_weights):
             if found < least * (1 - ROOM):
-                best, least = pair, found
-    return Split(best[0], best[1].astype(np.intp), before, least)
+                least, (s, k) = found, pair
+    return Split(s, k.astype(np.intp), before, least)
 
 
-def _way(problem: Problem, pair: Pair, most: int, has_weights: bool) -> Iterator[Pair]:
-    """One copy more at a time, each the best of those that may come next."""
+def _way(problem: Problem, most: int, has_weights: bool) -> Iterator[tuple[float, Floats, Floats]]:
+    """E, s and k with one copy more at a time, each the best of those that may come next."""
+    s, k = (np.ones(len(problem.low)) for _ in range(2))
+    sizes = [reader.peaks.copy() for reader in problem.readers]
     for _ in range(most):
-        tried = list(_next(problem, *pair, has_weights))
+        tops = [_Top.of(x) for x in sizes]
+        tried = []
+        for j, more in _next(problem, s, k, tops, has_weights):
+            s_new, k_new = _plus(s, j, more), _plus(k, j, 1)
+            factor = s_new[j] / spread(k_new, problem.q)[j]
+            columns = [reader.peaks[:, j] * factor for reader in problem.readers]
+            largest = [top.without(j, x) for top, x in zip(tops, columns, strict=True)]
+            tried.append((problem.total(s_new, largest), j, s_new, k_new, columns))
         if not tried:
             return
-        pair = min(tried, key=lambda pair: problem.error(*pair))
-        yield pair
+        found, j, s, k, columns = min(tried, key=lambda item: item[0])
+        for x, column in zip(sizes, columns, strict=True):
+            x[:, j] = column
+        yield found, s, k
 
 
-def _next(problem: Problem, s: Floats, k: Floats, has_weights: bool) -> Iterator[Pair]:
-    """What one more copy may be: of the channel whose weights gain most, or that ends the range."""
-    gains = sum(_gains(reader, s, k, problem.q) for reader in problem.readers)
-    if has_weights and np.max(gains, initial=0) > 0:
-        yield s, _more(k, int(np.argmax(gains)))
+@dataclass(frozen=True)
+class _Top:
+    """Of each scale: its largest number, the channel that it is of, and the next largest."""
+
+    first: Floats
+    channel: Array
+    second: Floats
+
+    @classmethod
+    def of(cls, sizes: Floats) -> _Top:
+        channel, rows = sizes.argmax(axis=1), np.arange(len(sizes))
+        first = sizes[rows, channel]
+        sizes[rows, channel] = 0
+        second = sizes.max(axis=1)
+        sizes[rows, channel] = first
+        return cls(first, channel, second)
+
+    def without(self, j: int, column: Floats) -> Floats:
+        """The largest numbers, with others in channel j."""
+        return np.maximum(np.where(self.channel == j, self.second, self.first), column)
+
+
+def _next(
+    problem: Problem, s: Floats, k: Floats, tops: Sequence[_Top], has_weights: bool
+) -> Iterator[tuple[int, int]]:
+    """What one more copy may be of: the channel whose weights gain most, or that ends the range.
+
+    With what its s then has more.
+    """
+    gains, ratio = np.zeros(len(s)), spread(k, problem.q) / spread(k + 1, problem.q)
+    for reader, top in zip(problem.readers, tops, strict=True):
+        left = np.maximum(top.second, top.first * ratio[top.channel])
+        power = reader.outputs * float(reader.h @ s**-2)
+        gains += power * np.bincount(top.channel, top.first**2 - left**2, len(s))
+    if has_weights and gains.max(initial=0) > 0:
+        yield int(np.argmax(gains)), 0
     ends = {int(np.argmax(problem.high / s)), int(np.argmin(problem.low / s))}
     for j in sorted(ends) if problem.has_inputs else ():
-        yield _more(s, j), _more(k, j)
+        yield j, 1
 
 
-def _gains(reader: Reader, s: Floats, k: Floats, q: int) -> Floats:
-    """What E loses of Σ Δ_o² by one more part of the weights of each channel, (channels,)."""
-    sizes = reader.peaks * (s / spread(k, q))
-    first, rows = sizes.argmax(axis=1), np.arange(len(sizes))
-    top = sizes[rows, first]
-    sizes[rows, first] = top * (spread(k, q) / spread(k + 1, q))[first]
-    falls = top**2 - sizes.max(axis=1, initial=0) ** 2
-    power = reader.outputs * float(reader.h @ s**-2)
-    return np.asarray(np.bincount(first, falls, len(k)) * power)
-
-
-def _more(x: Floats, j: int) -> Floats:
+def _plus(x: Floats, j: int, more: int) -> Floats:
     made = x.copy()
-    made[j] += 1
+    made[j] += more
     return made
 
 
