@@ -19,7 +19,7 @@ def _leading(nodes: Collection[gs.Node], heavy: list[gs.Node], back: bool = Fals
     """Heavy nodes that depend on none, of nodes in order."""
     are_heavy, behind, found = {id(n) for n in heavy}, set[int](), set[str]()
     for node in nodes:
-        near = node.outputs if back else data_inputs(node) or node.inputs
+        near = node.outputs if back else _read(node)
         linked = [n for t in near for n in (t.outputs if back else t.inputs)]
         is_behind = any(id(n) in behind or id(n) in are_heavy for n in linked)
         if is_behind:
@@ -27,3 +27,9 @@ def _leading(nodes: Collection[gs.Node], heavy: list[gs.Node], back: bool = Fals
         elif id(node) in are_heavy:
             found.add(node.name)
     return found
+
+
+def _read(node: gs.Node) -> list[gs.Tensor]:
+    """The activations that a node depends on; of what is looked up in a table, the indices."""
+    is_table = knowledge(node).role == "lookup"
+    return list(node.inputs) if is_table else data_inputs(node) or list(node.inputs)

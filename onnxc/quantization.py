@@ -11,11 +11,22 @@ from onnxc.core import Pass
 from onnxc.errors import OptionError
 from onnxc.few_bits import Activations, Wanted
 from onnxc.workpiece import Workpiece
-from passes.quantize import Ranges
+from passes.absorb_offsets import AbsorbOffsets
+from passes.equalize import Equalize
+from passes.quantize import Quantize, Ranges
+from passes.quantize_activations import QuantizeActivations
 from passes.quantize_layers import QuantizeLayers
 from passes.quantize_levels import QuantizeLevels, Scheme
+from passes.split_outliers import SplitOutliers
+from passes.upgrade_opset import UpgradeOpset
 
 Width = Literal[1, 2, 3, 4, 5, 6, 8, 16]
+Format = Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"]
+MOVERS = (UpgradeOpset, Equalize, AbsorbOffsets)  # passes that come before a split
+SPEEDLESS = (
+    "inputs of layers are on {} levels, by tables: the kernels of this runtime still compute in 8 "
+    "bits, so the latency is not what hardware with such tables would have"
+)
 IN_INTEGERS = ("auto", "qdq")
 USUAL: dict[str, Width] = {
     "pow2": 4,
@@ -47,15 +58,23 @@ class QuantizeSettings:
         levels.
     keep_ends: whether first and last layers keep 8 bits where the others get fewer.
     ranges: how activation ranges are chosen from the statistics.
+    split_outliers: share of the channels, such as 0.05, that may be added to split those of the
+        largest activations and weights where that makes the error of layers much smaller; static
+        ways only.
+    activation_levels: bits of a table that puts the inputs of layers on 2^B levels of their 8-bit
+        grid, to measure what hardware with such tables or few-bit activations would lose; kernels
+        here still compute in 8 bits, and no faster.
     """
 
-    format: Literal["auto", "qdq", "qoperator", "dynamic", "weight-only"] = "auto"
+    format: Format = "auto"
     scheme: Literal["affine", "fixed", "pow2", "ternary", "binary", "admm", "levels"] = "affine"
     bits: Literal["auto"] | Width | float = "auto"
     rounding: Literal["auto", "nearest", "gptq", "descent", "admm", "stochastic"] = "auto"
     activations: Literal["auto", 8, 16, "float"] = "auto"
     keep_ends: bool = True
     ranges: Literal["auto"] | Ranges = "auto"
+    split_outliers: float | None = None
+    activation_levels: Literal[2, 3, 4, 5, 6] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -102,6 +121,10 @@ def check_settings(settings: QuantizeSettings) -> None:
     if average is not None and not 2 <= average <= 8:
         known = "2, 3, 4, 5, 6, 8 or 16, or an average of 2 to 8"
         raise OptionError(f"the bits of weights are {known}, not {average:g}")
+    if settings.split_outliers is not None:
+        _check_split(settings, settings.split_outliers)
+    if settings.activation_levels is not None:
+        _check_tables(settings)
     if settings.scheme == "fixed":
         _check_fixed(settings)
         return
@@ -121,6 +144,31 @@ def check_settings(settings: QuantizeSettings) -> None:
         raise OptionError(f"--activations float is --format weight-only, not {kind}")
     if given not in ("auto", "float") and kind not in IN_INTEGERS:
         raise OptionError(f"--activations {given} is for --format qdq, not {kind}")
+
+
+def _check_split(settings: QuantizeSettings, share: float) -> None:
+    if not 0 < share <= 1:
+        raise OptionError(f"--split-outliers is a share of the channels, 0.05 or so, not {share:g}")
+    if settings.scheme != "affine":
+        raise OptionError("--split-outliers goes with --scheme affine: leave one of them out")
+    if settings.format not in (*IN_INTEGERS, "qoperator") or settings.activations not in (
+        "auto",
+        8,
+    ):
+        raise OptionError(
+            "--split-outliers is for static quantization, --format qdq or qoperator with "
+            "activations of 8 bits: leave it out"
+        )
+
+
+def _check_tables(settings: QuantizeSettings) -> None:
+    if settings.scheme == "fixed":
+        raise OptionError("--activation-levels goes with scales of any size: leave out fixed")
+    if settings.format not in IN_INTEGERS or settings.activations not in ("auto", 8):
+        raise OptionError(
+            "--activation-levels puts activations of 8 bits on fewer levels: it is for --format "
+            "qdq; leave --activations out"
+        )
 
 
 def _check_fixed(settings: QuantizeSettings) -> None:
@@ -154,7 +202,47 @@ def _check_levels(settings: QuantizeSettings) -> None:
 
 
 def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
-    """The candidates that fit the settings, by name."""
+    """The candidates that fit the settings, by name. Raises OptionError."""
+    share, levels = settings.split_outliers, settings.activation_levels
+    if share is None and levels is None:
+        return _ways(settings, piece)
+    if not piece.has_data:
+        raise OptionError(
+            "--split-outliers and --activation-levels look at activations: give --data"
+        )
+    found = _ways(_static(settings), piece)
+    if share is not None:
+        bits = settings.width
+        assert bits != 1 and bits != 16
+        found = {n: _inserted(p, SplitOutliers(share, bits=bits)) for n, p in found.items()}
+    if levels is not None:
+        told = piece.calibration.notes
+        told += {SPEEDLESS.format(2**levels)} - {*told}
+        tables = QuantizeActivations(levels, settings.keep_ends)
+        found = {f"{n}, {2**levels} levels": _tabled(p, tables) for n, p in found.items()}
+    return found
+
+
+def _static(settings: QuantizeSettings) -> QuantizeSettings:
+    """With activations of 8 bits."""
+    wanted = settings.activations if settings.format == "qoperator" else 8
+    kind = "qdq" if settings.format == "auto" else settings.format
+    return replace(settings, format=kind, activations=wanted)
+
+
+def _tabled(passes: tuple[Pass, ...], tables: QuantizeActivations) -> tuple[Pass, ...]:
+    """Behind the pass that quantizes activations, so that all later ones see few levels."""
+    count = next(i for i, pass_ in enumerate(passes, 1) if isinstance(pass_, Quantize))
+    return (*passes[:count], tables, *passes[count:])
+
+
+def _inserted(passes: tuple[Pass, ...], split: SplitOutliers) -> tuple[Pass, ...]:
+    """Behind what moves channels, before all that looks at single weights."""
+    count = next((i for i, p in enumerate(passes) if not isinstance(p, MOVERS)), len(passes))
+    return (*passes[:count], split, *passes[count:])
+
+
+def _ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     is_wide = settings.activations == 16 and settings.width != 16
     if settings.has_levels or settings.is_rounded or is_wide:
         return few_bits.ways(_wanted(settings), piece)

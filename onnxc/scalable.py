@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxc.core import Key
-from onnxc.graph import captured
+from onnxc.graph import captured, fresh, store, values
 from onnxc.ops import (
     bounds,
     data_inputs,
@@ -135,6 +137,22 @@ def channel_groups(graph: gs.Graph, allowed: frozenset[str]) -> list[ChannelGrou
     for group in known:
         group.obstacle = next(_obstacles(group, pinned, allowed), "")
     return known
+
+
+def scale(graph: gs.Graph, group: ChannelGroup, s: NDArray[np.float64], suffix: str) -> None:
+    """Divide the channels of a group by s, (channels,), and let readers make up for it."""
+    for places, by in ((group.divided, 1 / s), (group.multiplied, s)):
+        for place in places:
+            old = place.node.inputs[place.position]
+            made = _scaled(values(old), by, place.axis)
+            place.node.inputs[place.position] = store(
+                graph, fresh(graph, f"{old.name}_{suffix}"), made
+            )
+
+
+def _scaled(array: NDArray[Any], by: NDArray[np.float64], axis: int) -> NDArray[Any]:
+    shape = [-1 if i == axis % array.ndim else 1 for i in range(array.ndim)]
+    return np.asarray((array * by.reshape(shape)).astype(array.dtype))
 
 
 def _enter(group: ChannelGroup, tensor: gs.Tensor) -> None:

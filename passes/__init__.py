@@ -14,6 +14,7 @@ from passes.fold_norm import FoldNorm
 from passes.merge_bias import MergeBias
 from passes.prune import Prune
 from passes.quantize import Quantize
+from passes.quantize_activations import QuantizeActivations
 from passes.quantize_constants import QuantizeConstants
 from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_layers import QuantizeLayers
@@ -24,6 +25,7 @@ from passes.share_constants import ShareConstants
 from passes.shrink import Shrink
 from passes.simplify_shapes import SimplifyShapes
 from passes.sparsify import Sparsify
+from passes.split_outliers import SplitOutliers
 from passes.store_codebooks import StoreCodebooks
 from passes.to_qoperator import ToQOperator
 from passes.upgrade_opset import UpgradeOpset
@@ -44,6 +46,7 @@ __all__ = [
     "MergeBias",
     "Prune",
     "Quantize",
+    "QuantizeActivations",
     "QuantizeConstants",
     "QuantizeDynamic",
     "QuantizeLayers",
@@ -54,6 +57,7 @@ __all__ = [
     "Shrink",
     "SimplifyShapes",
     "Sparsify",
+    "SplitOutliers",
     "StoreCodebooks",
     "ToQOperator",
     "UpgradeOpset",

@@ -39,12 +39,12 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import fresh, nbytes, store, values
+from onnxc.graph import nbytes, values
 from onnxc.integer import activation_grid, weight_grid
 from onnxc.moments import matrix, moments_key
 from onnxc.numerics.smoothing import Reader, smoothing
 from onnxc.ops import weight_of
-from onnxc.scalable import ChannelGroup, Place, channel_groups
+from onnxc.scalable import ChannelGroup, channel_groups, scale
 
 LIMIT = 64.0  # largest ratio of two channels' factors to their mean: a dead channel is no guide
 PEAK = 3.0  # of a channel, in standard deviations, where only that is known
@@ -92,10 +92,9 @@ def _scale(graph: gs.Graph, group: ChannelGroup, context: Context) -> list[Chang
     s = _factors(np.max(peaks, axis=0), group, context)
     if np.allclose(s, 1, atol=0.01):
         return [Skip(first.name, "channels not equalized: they already share one scale")]
-    places = (group.divided, 1 / s), (group.multiplied, s)
-    for place, by in ((place, by) for some, by in places for place in some):
-        _multiply(graph, place, by)
-    size = sum(nbytes(p.node.inputs[p.position]) for some, _ in places for p in some)
+    scale(graph, group, s, "equalized")
+    places = (*group.divided, *group.multiplied)
+    size = sum(nbytes(place.node.inputs[place.position]) for place in places)
     what = f"{len(s)} channels equalized, factors {s.min():.2g} to {s.max():.2g}"
     return [Change(first.name, what, size, size)]
 
@@ -135,11 +134,3 @@ def factors(peak: NDArray[Any], bound: float | None = None) -> NDArray[np.float6
         relative = np.minimum(1, HEADROOM * peak / bound)
     s = np.sqrt(np.where(alive, relative, 1))
     return np.asarray(np.clip(s, 1 / LIMIT, LIMIT))
-
-
-def _multiply(graph: gs.Graph, place: Place, s: NDArray[np.float64]) -> None:
-    old = place.node.inputs[place.position]
-    array = values(old)
-    shape = [-1 if i == place.axis % array.ndim else 1 for i in range(array.ndim)]
-    scaled = (array * s.reshape(shape)).astype(array.dtype)
-    place.node.inputs[place.position] = store(graph, fresh(graph, f"{old.name}_equalized"), scaled)

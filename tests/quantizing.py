@@ -43,7 +43,7 @@ def apply(
     infer(model, first)
     context = Context(opset(model.graph), choose(target), only=Selector(**only))
     (step,) = compress(model, [pass_], context, Calibration(data), first)
-    assert not step.problems
+    assert not step.problems, step.problems
     return model, step
 
 

@@ -162,10 +162,14 @@ def half_wave(points: Points, bits: int) -> float:
     return float(sigma * half_wave_step(bits) * (2**bits - 1))
 
 
-def basis(points: Points, bits: int) -> Floats:
-    """v of LQ-Nets, (bits,), for numbers of a histogram, from a uniform grid over its range."""
+def basis(points: Points, bits: int, step: float | None = None) -> Floats:
+    """v of LQ-Nets, (bits,), for numbers of a histogram, from a uniform grid from 0 on.
+
+    step: of that grid; by default it reaches the largest number.
+    """
     e = np.array(list(product((0.0, 1.0), repeat=bits)))
-    v = float(np.abs(points.x).max(initial=0)) / (2**bits - 1) * 2.0 ** np.arange(bits)[::-1]
+    widest = float(np.abs(points.x).max(initial=0)) / (2**bits - 1)
+    v = (widest if step is None else step) * 2.0 ** np.arange(bits)[::-1]
     best, least = v, np.inf
     for _ in range(STEPS):
         levels = e @ v
