@@ -17,6 +17,7 @@ from typing import Any
 from calib.data import Dataset, Preprocess
 from onnxc import recipe as recipes
 from onnxc.bench import Latency, speedup, time_interleaved
+from onnxc.blame import examine_files
 from onnxc.calibration import calibrate, merge_statistics
 from onnxc.check import compare, coverage
 from onnxc.compression import Attempt, Compressed, attempt, compress_model
@@ -251,6 +252,7 @@ def validate(
     with naming(second):
         told = counting(say, "comparing")
         comparison = compare(pair[0], pair[1], dataset, runtime, progress=told)
+        seen = examine_files(pair[0], pair[1], dataset, runtime, say)
     say("timing")
     feeds = list(islice(dataset.batches(1), FEEDS))
     needed, times = excess(pair, feeds[0]), dict[str, Latency]()
@@ -266,8 +268,10 @@ def validate(
         comparison=comparison,
         coverage=coverage(pair[1], runtime),
         missed=missed_bounds(comparison, max_drop),
-        notes=(*dataset.notes, *([untimed(needed, memory)] if needed else ())),
+        notes=(*dataset.notes, *([untimed(needed, memory)] if needed else ()), *seen.notes),
         vectors=None if folder is None else str(folder),
+        blame=seen.blames,
+        unmatched=seen.unmatched,
     )
     if folder is not None:
         say("writing vectors")

@@ -6,6 +6,7 @@ after, the verdict, what was left as it was by reason, notes. It decides nothing
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ from onnxc.cost import HeavyNode, Inspection, Port
 from onnxc.few_bits import is_in_float
 from onnxc.report import (
     Benchmark,
+    Blame,
     Calibrated,
     Effect,
     Packed,
@@ -37,6 +39,7 @@ NAME_WIDTH = 30  # characters of a node's name in a table
 REASONS_SHOWN = 6
 NODES_SHOWN = 12  # rows of an inspection
 OUTPUTS_SHOWN = 12
+BLAMED = 5  # layers of a validation
 USED = {"histogram": "values", "moments": "rows of layer inputs"}  # what a share is of
 
 Parts = list[RenderableType]
@@ -104,7 +107,27 @@ def render_validation(report: Validation) -> RenderableType:
         parts += ["", _outputs(report.comparison)]
     written = [f"test vectors are in {report.vectors}"] if report.vectors else []
     notes = _notes((*report.comparison.notes, *report.notes, *written))
-    return Group(*parts, _verdict(report), *_left_float(report.coverage), *notes)
+    blamed = blame_table(report.blame, BLAMED)
+    left = _left_float(report.coverage)
+    return Group(*parts, _verdict(report), *blamed, *left, *notes)
+
+
+def blame_table(blame: Iterable[Blame], top: int) -> Parts:
+    """The layers that add most error, the worst first."""
+    known = [layer for layer in blame if layer.own is not None and math.isfinite(layer.own)]
+    worst = sorted(known, key=lambda layer: (layer.own, layer.sqnr))[:top]
+    if not worst:
+        return []
+    table = Table(box=None, pad_edge=False)
+    table.add_column("error starts here", no_wrap=True)
+    table.add_column("op")
+    for heading in ("own", "so far"):
+        table.add_column(heading, justify="right")
+    table.add_column("most of it by", overflow="fold")
+    for x in worst:
+        values = (f"{x.own:.1f} dB", f"{x.sqnr:.1f} dB")
+        table.add_row(_ending(x.node), x.op, *values, Text(x.cause))
+    return [table, ""]
 
 
 def render_benchmark(report: Benchmark) -> RenderableType:

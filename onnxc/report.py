@@ -16,6 +16,7 @@ A report is a plain dataclass, and `to_json` writes any of them: its fields are 
     coverage            {kernels [{node, op, integer, reason}], boundaries, orphans, total, integer,
                         left_float}
     changes, skips      [{node, what, before, after}], [{node, reason}]
+    blame               [{node, op, tensor, sqnr, own, cause}] in the order of the graph
 
 Bytes and seconds are plain numbers, latencies milliseconds, SQNR decibel, shares lie in 0..1. What
 is not known or not finite is null.
@@ -97,7 +98,8 @@ class Blame:
     """A layer's share in the error of a result. tensor: its output, in the original.
 
     sqnr: dB of that tensor in the result, all error before it included. own: dB where only this
-    layer is the result's and its inputs are the original's, None where that is not known.
+    layer is the result's and its inputs are the original's, None where that is not known. cause: of
+    its own error, in words.
     """
 
     node: str
@@ -105,6 +107,7 @@ class Blame:
     tensor: str
     sqnr: float
     own: float | None = None
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,11 @@ class Preview:
 
 @dataclass(frozen=True)
 class Validation:
-    """A candidate against its reference. vectors: the folder of test vectors that was written."""
+    """A candidate against its reference. vectors: the folder of test vectors that was written.
+
+    blame: of a quantized candidate, the layers of the reference in order. unmatched: those that
+    could not be compared, with reasons.
+    """
 
     reference: str
     candidate: str
@@ -193,6 +200,8 @@ class Validation:
     missed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     vectors: str | None = None
+    blame: tuple[Blame, ...] = ()
+    unmatched: tuple[Skip, ...] = ()
 
     @property
     def is_good(self) -> bool:
