@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxc.api import QuantizeSettings as QuantizeSettings
+    from onnxc.api import analyze as analyze
     from onnxc.api import benchmark as benchmark
     from onnxc.api import calibrate as calibrate
     from onnxc.api import cluster as cluster
@@ -39,9 +40,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "onnxc.api": (
-        *("QuantizeSettings", "benchmark", "calibrate", "cluster", "factorize", "inspect", "load"),
-        *("merge_statistics", "pack", "preview", "prune", "quantize", "run_in_integers", "save"),
-        *("sparsify", "unpack", "validate"),
+        *("QuantizeSettings", "analyze", "benchmark", "calibrate", "cluster", "factorize"),
+        *("inspect", "load", "merge_statistics", "pack", "preview", "prune", "quantize"),
+        *("run_in_integers", "save", "sparsify", "unpack", "validate"),
     ),
     "onnxc.errors": ("ClusterError", "DataError", "ModelError", "OnnxcError", "OptionError"),
 }

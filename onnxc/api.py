@@ -16,6 +16,7 @@ from typing import Any
 
 from calib.data import Dataset, Preprocess
 from onnxc import recipe as recipes
+from onnxc.analysis import analyze
 from onnxc.bench import Latency, speedup, time_interleaved
 from onnxc.blame import examine_files
 from onnxc.calibration import calibrate, merge_statistics
@@ -58,6 +59,7 @@ from onnxc.vectors import write_vectors
 
 __all__ = [
     "QuantizeSettings",
+    "analyze",
     "benchmark",
     "calibrate",
     "cluster",

@@ -53,8 +53,8 @@ def render(report: Report) -> RenderableType:
     parts: Parts = [*_headline(report.headline), _title(report), table, result]
     parts += _done(report)
     parts += _left_float(report.coverage, report.skips, is_in_float(report.way))
-    parts += _notes((*report.notes, *_zeros_notes(report), *_untold(report)))
-    return Group(*parts, *_effort(report.seconds, report.memory_peak))
+    parts += notes_of((*report.notes, *_zeros_notes(report), *_untold(report)))
+    return Group(*parts, *effort(report.seconds, report.memory_peak))
 
 
 def _done(report: Report) -> Parts:
@@ -77,18 +77,18 @@ def render_preview(report: Preview) -> RenderableType:
     """What each way would change and leave alone."""
     title = f"[bold]{escape(report.model)}[/] → [bold]{escape(report.output)}[/], not written"
     parts: Parts = [Text.from_markup(f"{title}  [dim](target {report.target})[/]")]
-    parts += _grouped("prepared", ((c.node, _kind(c.what)) for c in report.prepared))
+    parts += grouped("prepared", ((c.node, _kind(c.what)) for c in report.prepared))
     alike: defaultdict[tuple[Pairs, Pairs], list[str]] = defaultdict(list)
     word = report.aim.done
     for name, effect in report.ways.items():
         alike[_effects(effect)].append(name)
     for (done, left), names in alike.items():
         parts.append(Text("\nway: " + "; ".join(names), style="bold green"))
-        parts += _grouped(word, done) or [Text(f"no node is {word}", style="yellow")]
-        parts += _grouped("left alone", left)
+        parts += grouped(word, done) or [Text(f"no node is {word}", style="yellow")]
+        parts += grouped("left alone", left)
     if len(report.ways) > 1:
         parts.append(Text("\nAll of these ways are measured, and the best one is written."))
-    return Group(*parts, *_notes(report.notes))
+    return Group(*parts, *notes_of(report.notes))
 
 
 def _effects(effect: Effect) -> tuple[Pairs, Pairs]:
@@ -106,7 +106,7 @@ def render_validation(report: Validation) -> RenderableType:
     if len(report.comparison.outputs) > 1:
         parts += ["", _outputs(report.comparison)]
     written = [f"test vectors are in {report.vectors}"] if report.vectors else []
-    notes = _notes((*report.comparison.notes, *report.notes, *written))
+    notes = notes_of((*report.comparison.notes, *report.notes, *written))
     blamed = blame_table(report.blame, BLAMED)
     left = _left_float(report.coverage)
     return Group(*parts, _verdict(report), *blamed, *left, *notes)
@@ -126,7 +126,7 @@ def blame_table(blame: Iterable[Blame], top: int) -> Parts:
     table.add_column("most of it by", overflow="fold")
     for x in worst:
         values = (f"{x.own:.1f} dB", f"{x.sqnr:.1f} dB")
-        table.add_row(_ending(x.node), x.op, *values, Text(x.cause))
+        table.add_row(ending(x.node), x.op, *values, Text(x.cause))
     return [table, ""]
 
 
@@ -144,7 +144,7 @@ def render_benchmark(report: Benchmark) -> RenderableType:
         speed = (f"{ratio.median:.2f}x", f"{ratio.low:.2f} to {ratio.high:.2f}") if ratio else ()
         style = "red" if ratio and ratio.is_slower else None
         table.add_row(escape(name), *times, f"{100 * latency.spread:.0f} %", *speed, style=style)
-    return Group(Text(f"{what} ({how})", style="dim"), table, *_notes(report.notes))
+    return Group(Text(f"{what} ({how})", style="dim"), table, *notes_of(report.notes))
 
 
 def render_inspection(report: Inspection, name: str) -> RenderableType:
@@ -161,7 +161,7 @@ def render_inspection(report: Inspection, name: str) -> RenderableType:
     able = [node for node in report.heavy if node.can]
     parts += [facts, _heavy(able)] if able else [facts, Text("no node can be compressed")]
     left = ((n.name, n.reason) for n in report.heavy if not n.can)
-    return Group(*parts, *_grouped("cannot be compressed", left), *_notes(report.notes))
+    return Group(*parts, *grouped("cannot be compressed", left), *notes_of(report.notes))
 
 
 def render_calibrated(report: Calibrated) -> RenderableType:
@@ -171,13 +171,13 @@ def render_calibrated(report: Calibrated) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for kind, count in report.statistics.items():
         share = {"histogram": report.binned, "moments": report.rows}.get(kind)
-        used = f"of {_percent(share)} of the {USED[kind]}" if share is not None else ""
+        used = f"of {percent(share)} of the {USED[kind]}" if share is not None else ""
         facts.add_row(Text(kind, style="dim"), Text(str(count), justify="right"), Text(used))
     facts.add_row(Text("file", style="dim"), Text(size_text(report.bytes), justify="right"))
-    merged = [f"merged from {_some(list(report.sources))}"] if len(report.sources) > 1 else []
-    left = _grouped("no moments", ((s.node, s.reason) for s in report.skips))
-    notes = _notes((*merged, *report.notes))
-    return Group(head, facts, *left, *notes, *_effort(report.seconds, report.memory_peak))
+    merged = [f"merged from {some(list(report.sources))}"] if len(report.sources) > 1 else []
+    left = grouped("no moments", ((s.node, s.reason) for s in report.skips))
+    notes = notes_of((*merged, *report.notes))
+    return Group(head, facts, *left, *notes, *effort(report.seconds, report.memory_peak))
 
 
 def render_packed(report: Packed) -> RenderableType:
@@ -189,7 +189,7 @@ def render_packed(report: Packed) -> RenderableType:
         table.add_row(way, str(tally.tensors), *_sizes(tally.before, tally.after))
     table.add_row("in all" if report.ways else "file", "", *_sizes(report.before, report.after))
     parts: Parts = [Text(f"{report.source} -> {report.output}", style="bold"), table]
-    return Group(*parts, *_effort(report.seconds, None))
+    return Group(*parts, *effort(report.seconds, None))
 
 
 def _sizes(before: int, after: int) -> Row:
@@ -244,7 +244,7 @@ def _zeros_rows(report: Report | Validation) -> Iterator[Row]:
     if not isinstance(report, Report) or report.zeros is None:
         return
     before, after = report.zeros
-    yield "zero weights", _percent(before.share), _percent(after.share), ""
+    yield "zero weights", percent(before.share), percent(after.share), ""
     shrink = f"{before.coded / max(after.coded, 1):.2f}x"
     yield "with zeros coded", size_text(before.coded), size_text(after.coded), shrink
 
@@ -259,12 +259,12 @@ def _quality_rows(comparison: Comparison | None) -> Iterator[Row]:
     for label, pair in (("top-1", comparison.top1), ("top-5", comparison.top5)):
         if pair:
             change = f"{100 * (pair[1] - pair[0]):+.2f} points"
-            yield label, _percent(pair[0]), _percent(pair[1]), change
+            yield label, percent(pair[0]), percent(pair[1]), change
     if comparison.perplexity:
         first, second = comparison.perplexity
         yield "perplexity", f"{first:.3f}", f"{second:.3f}", f"{second - first:+.3f}"
     if comparison.agreement is not None:
-        yield "agreement", "", _percent(comparison.agreement), ""
+        yield "agreement", "", percent(comparison.agreement), ""
     yield "SQNR", "", f"{comparison.sqnr:.1f} dB", ""
 
 
@@ -279,7 +279,7 @@ def _outputs(comparison: Comparison) -> Table:
         table.add_column(heading, justify="right")
     worst = sorted(comparison.outputs.items(), key=lambda item: item[1].sqnr)[:OUTPUTS_SHOWN]
     for name, f in comparison.outputs.items() if len(comparison.outputs) <= len(worst) else worst:
-        error, agreement = f"{f.max_abs_error:.3g}", _percent(f.agreement)
+        error, agreement = f"{f.max_abs_error:.3g}", percent(f.agreement)
         table.add_row(escape(name), f"{f.sqnr:.1f} dB", f"{f.cosine:.5f}", error, agreement)
     rest = len(comparison.outputs) - len(worst)
     if rest:
@@ -299,16 +299,16 @@ def _left_float(
 ) -> Parts:
     """Heavy nodes that run in float, with the reason of the pass that left them, if it gave one."""
     if coverage is None:
-        return _grouped("left alone", ((s.node, s.reason) for s in skips))
+        return grouped("left alone", ((s.node, s.reason) for s in skips))
     if weights_alone:
         left = ((k.node, "only weights are stored in few bits") for k in coverage.left_float)
-        return _grouped("run in float", left)
+        return grouped("run in float", left)
     reasons = {skip.node: skip.reason for skip in reversed(tuple(skips))}
     left = (
         (k.node, reasons.get(k.node, k.reason.removesuffix(", which is left in float")))
         for k in coverage.left_float
     )
-    return _grouped("run in float", left)
+    return grouped("run in float", left)
 
 
 def _zeros_notes(report: Report) -> Iterator[str]:
@@ -339,7 +339,7 @@ def _kind(what: str) -> str:
     return re.sub(r"(?<=^shares ).*", "the weight of another node", kind)
 
 
-def _grouped(title: str, pairs: Iterable[tuple[str, str]]) -> Parts:
+def grouped(title: str, pairs: Iterable[tuple[str, str]]) -> Parts:
     """Nodes by reason, the most frequent reason first; a few names of each."""
     groups: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for node, reason in pairs:
@@ -351,7 +351,7 @@ def _grouped(title: str, pairs: Iterable[tuple[str, str]]) -> Parts:
     lines.add_column(justify="right")
     lines.add_column(overflow="fold")
     for reason, nodes in order[:REASONS_SHOWN]:
-        lines.add_row(Text(str(len(nodes))), Text(f"{reason}: {_some(list(nodes))}"))
+        lines.add_row(Text(str(len(nodes))), Text(f"{reason}: {some(list(nodes))}"))
     rest = order[REASONS_SHOWN:]
     if rest:
         count = len({node for _, nodes in rest for node in nodes})
@@ -364,7 +364,7 @@ def _nodes(count: int) -> str:
     return f"{count} node{'s'[: count != 1]}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     """The first name, more while there is room, and how many are left."""
     lengths = accumulate(len(name) + 2 for name in names)
     shown = max(1, sum(length <= NAMES_WIDTH for length in lengths))
@@ -372,7 +372,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest else "")
 
 
-def _notes(notes: Iterable[str]) -> Parts:
+def notes_of(notes: Iterable[str]) -> Parts:
     lines = Table.grid(padding=(0, 1, 0, 0))
     lines.add_column()
     lines.add_column(overflow="fold")
@@ -381,7 +381,7 @@ def _notes(notes: Iterable[str]) -> Parts:
     return [lines] if lines.row_count else []
 
 
-def _effort(seconds: float | None, memory_peak: int | None) -> Parts:
+def effort(seconds: float | None, memory_peak: int | None) -> Parts:
     spent = [f"{seconds:.1f} s"] if seconds is not None else []
     spent += [f"peak memory {size_text(memory_peak)}"] if memory_peak is not None else []
     return [Text(", ".join(spent), style="dim")] if spent else []
@@ -398,7 +398,7 @@ def _heavy(nodes: list[HeavyNode]) -> Table:
         shape = "x".join(map(str, node.shape or ()))
         macs = "?" if node.macs is None else count_text(node.macs)
         size = size_text(node.weight)
-        table.add_row(_ending(node.name), node.op, shape, size, macs, node.reason)
+        table.add_row(ending(node.name), node.op, shape, size, macs, node.reason)
     rest = nodes if len(nodes) > len(shown) else []
     if rest:
         size = size_text(sum(n.weight for n in rest))
@@ -406,7 +406,7 @@ def _heavy(nodes: list[HeavyNode]) -> Table:
     return table
 
 
-def _ending(name: str) -> Text:
+def ending(name: str) -> Text:
     """A name, its beginning cut where it is long: endings tell nodes apart."""
     return Text(name if len(name) <= NAME_WIDTH else "…" + name[1 - NAME_WIDTH :])
 
@@ -430,7 +430,7 @@ def _port_text(port: Port) -> str:
     return f"{port.name} {port.dtype} [{dims}]"
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f} %"
 
 

@@ -25,6 +25,7 @@ from onnxc import typed
 from onnxc.calibration import KINDS, WHAT
 from onnxc.paths import existing
 from onnxc.runtime import LEVELS, Runtime
+from onnxc.sensitivity import OTHERS, WHATS
 from onnxc.targets import TARGETS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -293,6 +294,46 @@ cluster = group_of(
         "--scheduler",
         metavar="ADDRESS",
         help="Gather them on the workers of a Dask scheduler, such as tcp://10.0.0.1:8786.",
+    ),
+)
+analysis = group_of(
+    click.option(
+        "--val", metavar="SOURCE", help="Samples to judge by [default: a third of --data]."
+    ),
+    click.option(
+        "--quantized",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="A quantized file of MODEL, by any tool: where does its error start?",
+    ),
+    click.option(
+        "--what",
+        type=reader(tuple[str, ...]),
+        default=",".join(WHATS),
+        show_default=True,
+        metavar="LIST",
+        help="What of a layer is quantized.",
+    ),
+    click.option(
+        "--passes",
+        type=reader(tuple[str, ...]),
+        default=",".join(("quantize", *OTHERS)),
+        show_default=True,
+        metavar="LIST",
+        help="What is done to each layer alone.",
+    ),
+    click.option(
+        "--bits", type=click.IntRange(2, 8), default=8, show_default=True, help="Of the weights."
+    ),
+    click.option(
+        "--seconds",
+        type=float,
+        default=300.0,
+        show_default=True,
+        help="About how long it may take; few seconds leave few samples to judge by.",
+    ),
+    click.option(
+        "--top", type=click.IntRange(1), default=10, show_default=True, help="Rows of a table."
     ),
 )
 recipes = group_of(
