@@ -99,7 +99,7 @@ def _noise(W: np.ndarray[tuple[int, ...], np.dtype[np.float64]], axis: int | Non
 def _has_one_scale(carrier: gs.Node) -> bool:
     row = INTEGRAL.get(carrier.op)
     if row is not None:
-        return _is_one(carrier.inputs[row.w[1]])
+        return _is_one(carrier.inputs[row.operands[1][1]])
     position = HEAVY.get(carrier.op, 1)
     weight = carrier.inputs[position] if position < len(carrier.inputs) else None
     maker = weight.inputs[0] if weight is not None and weight.inputs else None

@@ -21,7 +21,7 @@ from onnxc.harm import gauge
 from onnxc.keeping import candidates, greedy, proven, worth
 from onnxc.paths import existing
 from onnxc.pipeline import Calibration, compress, gather, prepare
-from onnxc.report import Analysis
+from onnxc.report import Analysis, Kept
 from onnxc.request import (
     THREADS,
     ModelPath,
@@ -55,10 +55,12 @@ from onnxc.targets import Target
 from onnxc.targets import choose as choose_target
 from onnxc.workpiece import Workpiece
 from passes.absorb_offsets import AbsorbOffsets
+from passes.correct_bias import CorrectBias
 from passes.equalize import Equalize
 from passes.quantize import Quantize
 
 SECONDS = 300.0  # that an analysis may take, about
+LATE = 0.2  # share of these that other passes get in any case
 JUDGING = 3  # of so many samples, one judges
 LEAST_JUDGING = 2 * JUDGING  # samples below which every fifth does
 MATCHED = 0.5  # share of the layers below which two models are not of one network
@@ -164,22 +166,21 @@ class Desk:
         piece = self._piece(kept, judge)
         found = Sensitivities()
         whole = deadline - time.monotonic()
-        plain, best, tried = None, None, ()
+        plain: Kept | None = None
+        best: Kept | None = None
+        tried: tuple[Kept, ...] = ()
         others = [name for name in wanted.passes if name in OTHERS]
         if "quantize" in wanted.passes:
-            share = deadline - whole * (0.45 if others else 0.3)
+            share = deadline - whole * (0.5 if others else 0.3)
             tried = self._quantized(piece, wanted, found, share, deadline)
-            names = worth(tried)
-            if tried:
-                self.say("analyze: quantizing as onnxc quantize does")
-                plain, best = proven(original, piece, names, judge)
-                best = best if best is not None and best.sqnr > plain.sqnr else None
+            plain, best = self._proven(original, piece, tried, wanted.bits)
         if others:
             trials, skips = other_trials(piece, wanted)
             found.skips += skips
-            meter = gauge(piece, judge, len(trials), deadline - time.monotonic())
+            end = max(deadline, time.monotonic() + LATE * whole)
+            meter = gauge(piece, judge, len(trials), end - time.monotonic())
             self._count(found, len(meter.samples), len(judge), " of " + " and ".join(others))
-            run_trials(piece.model, trials, meter, deadline, found)
+            run_trials(piece.model, trials, meter, end, found)
         counts = f"statistics of {len(kept)} samples, judged by {len(judge)} others"
         return Analysis(
             model=str(self.path),
@@ -209,7 +210,7 @@ class Desk:
         found: Sensitivities,
         share: float,
         deadline: float,
-    ) -> Any:
+    ) -> tuple[Kept, ...]:
         """Each layer alone in integers, then all but some; on the model as equalized for it."""
         base = copy(piece.model)
         start = (Equalize(), AbsorbOffsets())
@@ -224,13 +225,30 @@ class Desk:
         names = tuple(dict.fromkeys(trial.node for trial in trials))
         ways = [Quantize(leave=tuple(n for n in names if n != name)) for name in names]
         every = All(tuple((way, context) for way in (Quantize(), *ways)))
-        stats = gather(base, every, context, calibration, self.say)
+        ranges = gather(base, every, context, calibration, self.say)
+        drifts = gather(base, CorrectBias(bits=wanted.bits), context, calibration, self.say)
+        stats = {**ranges, **drifts}
         trials = quantized_trials(level, wanted, stats)
         assert piece.judge is not None
         meter = gauge(level, piece.judge, len(trials) + 40, share - time.monotonic())
         self._count(found, len(meter.samples), len(piece.judge), "")
         run_trials(base, trials, meter, share, found)
-        return greedy(level, stats, candidates(found.found), meter, deadline)
+        prices = candidates(found.found)
+        return greedy(level, stats, prices, meter, wanted.bits, deadline)
+
+    def _proven(
+        self, original: Model, piece: Workpiece, tried: Sequence[Kept], bits: int
+    ) -> tuple[Kept | None, Kept | None]:
+        """The quantized model without and with layers left float, as a user gets it."""
+        names = worth(tried)
+        if not tried or bits != 8:
+            return next(iter(tried), None), next(
+                (k for k in tried if names and k.nodes == names), None
+            )
+        self.say("analyze: quantizing as onnxc quantize does")
+        assert piece.judge is not None
+        plain, best = proven(original, piece, names, piece.judge)
+        return plain, best if best is not None and best.sqnr > plain.sqnr else None
 
     def _count(self, found: Sensitivities, used: int, there: int, what: str) -> None:
         if used < there:
@@ -275,7 +293,7 @@ def _explained(
         seen = examine(original, result, dataset, runtime, progress=say)
     heavy = sum(layer.twin.heavy for layer in seen.layers)
     missing = len(seen.unmatched)
-    if heavy < MATCHED * (heavy + missing):
+    if heavy <= MATCHED * (heavy + missing):
         raise DataError(
             f"{other} is no quantized form of {path}: of {heavy + missing} layers {missing} are "
             f"not found in it (such as {seen.unmatched[0].node}: {seen.unmatched[0].reason})"

@@ -26,6 +26,7 @@ from onnxc.report import Advice, Analysis, Kept, Sensitivity
 from onnxc.sensitivity import OTHERS
 
 TOP = 10  # rows of a table
+NAME = 30  # characters of the first column
 QUANTIZED = {"weights": "weights", "activations": "activations", "both": "both"}
 
 
@@ -43,7 +44,7 @@ def render_analysis(report: Analysis, top: int = TOP) -> RenderableType:
     parts += _choice(report)
     parts += _quantized(report.layers, top)
     for name, done in OTHERS.items():
-        parts += _other(name, done, report.layers, top)
+        parts += _other(name, done, report.layers, max(top // 2, 1))
     parts += blame_table(report.blame, top)
     parts += _advised(report.advice)
     parts += grouped("not compared", ((s.node, s.reason) for s in report.unmatched))
@@ -57,14 +58,14 @@ def _choice(report: Analysis) -> Parts:
     rows += [("those float", report.best)] if report.best else []
     parts: Parts = []
     if rows:
-        table = _table("quantized as onnxc quantize does", "agreement", "SQNR", "file", "speed")
+        table = _table("as onnxc quantize does", "agreement", "SQNR", "file", "speed")
         for name, kept in rows:
             size = "" if kept.bytes is None else size_text(kept.bytes)
             speed = "" if kept.speed is None else f"{kept.speed.median:.2f}x"
             table.add_row(name, percent(kept.agreement), f"{kept.sqnr:.1f} dB", size, speed)
         parts += [table, ""]
     if len(report.kept) > 1:
-        table = _table("leaving float, one after the other", "agreement", "SQNR")
+        table = _table("left float, one by one", "agreement", "SQNR")
         for kept in report.kept:
             table.add_row(_last(kept), percent(kept.agreement), f"{kept.sqnr:.1f} dB")
         parts += [table, Text("agreement as expected from the error", style="dim"), ""]
@@ -83,11 +84,12 @@ def _quantized(layers: Sequence[Sensitivity], top: int) -> Parts:
         return []
     told = {(x.node, x.what): x for x in mine}
     kinds = [what for what in QUANTIZED if any(x.what == what for x in mine)]
-    table = _table("quantized alone, most sensitive first", *kinds, "loss", "bytes", "MACs")
+    names = ("acts" if kind == "activations" else kind for kind in kinds)
+    table = _table("quantized alone: dB", *names, "loss", "bytes", "MACs")
     for node in order[:top]:
         found = {what: told[node, what] for what in kinds if (node, what) in told}
         worst = found.get("both") or next(iter(found.values()))
-        levels = (f"{found[w].sqnr:.1f} dB" if w in found else "" for w in kinds)
+        levels = (f"{found[w].sqnr:.1f}" if w in found else "" for w in kinds)
         saved = max(x.bytes for x in found.values())
         work = max(x.macs for x in found.values())
         sizes = (size_text(saved) if saved else "", count_text(work) if work else "")
@@ -100,10 +102,10 @@ def _other(name: str, done: str, layers: Sequence[Sensitivity], top: int) -> Par
     mine = [x for x in layers if x.what == name]
     if not mine:
         return []
-    table = _table(f"{name}: {done}", "SQNR", "loss", "bytes", "MACs")
+    table = _table(f"{done}: dB", "outputs", "loss", "bytes", "MACs")
     for x in mine[:top]:
         sizes = size_text(x.bytes) if x.bytes else "", count_text(x.macs) if x.macs else ""
-        table.add_row(ending(x.node), f"{x.sqnr:.1f} dB", percent(x.loss), *sizes)
+        table.add_row(ending(x.node), f"{x.sqnr:.1f}", percent(x.loss), *sizes)
     return [table, *_rest(len(mine), top)]
 
 
@@ -130,7 +132,7 @@ def _advised(advice: Iterable[Advice]) -> Parts:
 
 def _table(first: str, *headings: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, no_wrap=True, min_width=NAME)
     for heading in headings:
         table.add_column(heading, justify="right")
     return table

@@ -119,7 +119,7 @@ def blame_table(blame: Iterable[Blame], top: int) -> Parts:
     if not worst:
         return []
     table = Table(box=None, pad_edge=False)
-    table.add_column("error starts here", no_wrap=True)
+    table.add_column("error starts here", no_wrap=True, min_width=NAME_WIDTH - 2)
     table.add_column("op")
     for heading in ("own", "so far"):
         table.add_column(heading, justify="right")

@@ -1,16 +1,20 @@
 """Which layers to leave float in a quantized model: greedily, by what the outputs gain.
 
-From the model with all layers in integers, the layer whose return to float takes most of the noise
-is returned, then the next one beside it, and so on. Only the layers that alone cost most are tried:
-noises of layers nearly add up. What is worth its price is the shortest of these lists that brings
-back SHARE of the decibels that the longest one does; it is then built as `onnxc quantize` would,
-beside the model with all in integers, and both are measured and timed.
+From the model with all layers in integers, the layer whose return to float takes most noise for its
+price is returned, then the next one beside it, and so on:
+
+    (noise before − noise after) / (share of bytes + share of MACs + BASE)
+
+Only the layers that alone cost most are tried: noises of layers nearly add up. What is worth its
+price is the shortest of these lists that brings back SHARE of the decibels that the longest one
+does; it is then built as `onnxc quantize` would, beside the model with all in integers, and both
+are measured and timed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from calib.data import Dataset
@@ -20,44 +24,51 @@ from onnxc.graph import Model, copy
 from onnxc.harm import Gauge, Harm
 from onnxc.report import Kept, Sensitivity
 from onnxc.selectors import Selector
+from onnxc.sensitivity import quantizing
 from onnxc.workpiece import Workpiece
-from passes.quantize import Quantize
 
 MOST = 5  # layers that are left float
 TRIED = 8  # layers that are looked at
+BASE = 0.05  # of a price: what is next to nothing is as good as nothing
 SHARE = 0.7  # of the decibels that the longest list brings back
 LEAST = 0.5  # dB below which a layer brings nothing back
 
 
-def candidates(found: Sequence[Sensitivity]) -> list[str]:
-    """The layers that lose most when they alone are quantized, the worst first."""
-    whole = {s.node: s.sqnr for s in found if s.what == "both"}
-    parts = {s.node: s.sqnr for s in sorted(found, key=lambda s: -s.sqnr)}
-    known = whole or dict(parts.items())
-    return sorted(known, key=lambda node: known[node])[:TRIED]
+def candidates(found: Sequence[Sensitivity]) -> dict[str, float]:
+    """The layers that lose most when they alone are quantized, each with its price."""
+    worst: dict[str, Sensitivity] = {}
+    for one in sorted(found, key=lambda s: (s.what != "both", s.sqnr)):
+        worst.setdefault(one.node, one)
+    some = sorted(worst.values(), key=lambda s: s.sqnr)[:TRIED]
+    return {s.node: 10 ** (-s.sqnr / 10) / s.cost if s.cost > 0 else 1.0 for s in some}
 
 
 def greedy(
-    piece: Workpiece, stats: Stats, names: Sequence[str], meter: Gauge, deadline: float
+    piece: Workpiece,
+    stats: Stats,
+    prices: Mapping[str, float],
+    meter: Gauge,
+    bits: int,
+    deadline: float,
 ) -> tuple[Kept, ...]:
     """The model with no layer float, with one, with two, …, as measured."""
-    context = replace(piece.context, stats=stats)
 
     def left(nodes: tuple[str, ...]) -> Harm:
         changed = copy(piece.model)
-        Quantize(leave=nodes).apply(changed.graph, context)
+        quantizing(frozenset(nodes), "both", bits, piece.context, stats)(changed.graph)
         return meter.of(changed)
 
     last = left(())
     found = [Kept((), last.sqnr, _agreement(last))]
     chosen: tuple[str, ...] = ()
-    for _ in range(min(MOST, len(names) - 1)):
+    for _ in range(min(MOST, len(prices) - 1)):
         if time.monotonic() > deadline:
             break
         piece.say(f"analyze: leaving layers float {len(chosen)}/{MOST}")
-        tried = {name: left((*chosen, name)) for name in names if name not in chosen}
-        best = min(tried, key=lambda name: tried[name].noise)
-        if tried[best].noise >= last.noise:
+        tried = {name: left((*chosen, name)) for name in prices if name not in chosen}
+        gains = {n: (last.noise - t.noise) / (prices[n] + BASE) for n, t in tried.items()}
+        best = max(gains, key=lambda name: gains[name])
+        if gains[best] <= 0:
             break
         chosen, last = (*chosen, best), tried[best]
         found.append(Kept(chosen, last.sqnr, _agreement(last)))

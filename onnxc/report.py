@@ -396,25 +396,32 @@ def advised(report: Analysis) -> str:
     if plain is None:
         return "no layer can be quantized" if not report.layers else _touchiest(report)
     if best is None:
-        return f"quantize all: {_quality(plain)}, and no layer left float is worth its price"
+        return f"quantize all layers: {_quality(plain)}, and none left float is worth its price"
     count = len(best.nodes)
-    gains = [f"{'agreement' if best.top1 is None else 'top-1'} {_points(plain, best):+.1f} points"]
-    gains = [] if best.agreement is None else gains
-    gains.append(f"SQNR {best.sqnr - plain.sqnr:+.1f} dB")
-    price = []
-    if plain.bytes is not None and best.bytes is not None:
-        price.append(f"{(best.bytes - plain.bytes) / 1e6:+.2f} MB")
-    if plain.speed is not None and best.speed is not None:
-        price.append(f"speed {plain.speed.median:.2f}x -> {best.speed.median:.2f}x")
-    which = "this one" if count == 1 else f"these {count}"
-    return f"keep {which} float: {', '.join((*gains, *price))}"
+    which = "this layer" if count == 1 else f"these {count} layers"
+    points = _points(plain, best)
+    if points > 0 or plain.agreement is None:
+        return f"keep {which} float: {_change(plain, best, points)}"
+    return (
+        f"quantize all layers: {_quality(plain)} ({which} left float: "
+        f"{_change(plain, best, points)})"
+    )
 
 
 def _points(plain: Kept, best: Kept) -> float:
-    """Points of top-1, or of agreement, that leaving nodes float gives back."""
-    if plain.top1 is not None and best.top1 is not None:
-        return 100 * (best.top1 - plain.top1)
+    """Points of agreement that leaving nodes float gives back."""
     return 100 * ((best.agreement or 0.0) - (plain.agreement or 0.0))
+
+
+def _change(plain: Kept, best: Kept, points: float) -> str:
+    """What leaving nodes float gives, and its price."""
+    told = [] if best.agreement is None else [f"agreement {points:+.1f} points"]
+    told.append(f"SQNR {best.sqnr - plain.sqnr:+.1f} dB")
+    if plain.bytes is not None and best.bytes is not None:
+        told.append(f"{(best.bytes - plain.bytes) / 1e6:+.2f} MB")
+    if plain.speed is not None and best.speed is not None:
+        told.append(f"speed {plain.speed.median:.2f}x -> {best.speed.median:.2f}x")
+    return ", ".join(told)
 
 
 def _quality(found: Kept) -> str:

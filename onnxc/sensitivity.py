@@ -17,17 +17,18 @@ import onnx_graphsurgeon as gs
 
 from onnxc.core import Change, Context, Key, Pass, Skip, Stats
 from onnxc.cost import free_dimensions
-from onnxc.graph import Model, copy, fresh, nbytes, store, values
+from onnxc.graph import Model, copy, nbytes
 from onnxc.harm import Gauge, Harm
-from onnxc.integer import rounded, weighted_nodes
+from onnxc.integer import round_weights, weighted_nodes
 from onnxc.macs import macs
-from onnxc.ops import knowledge, weight_of
+from onnxc.ops import weight_of
 from onnxc.pipeline import PASS_ERRORS, PREPARED, gather
 from onnxc.report import Sensitivity
 from onnxc.selectors import Selector
 from onnxc.shapes import infer
 from onnxc.workpiece import Workpiece
 from passes.cluster import Cluster
+from passes.correct_bias import CorrectBias
 from passes.factorize import Factorize
 from passes.prune import Prune, parts
 from passes.quantize import Quantize
@@ -36,9 +37,9 @@ from passes.shrink import Shrink
 What = Literal["weights", "activations", "both"]
 WHATS: tuple[What, ...] = ("weights", "activations", "both")
 OTHERS: dict[str, str] = {
-    "prune": "25 % of its channels out",
-    "factorize": "factors of half its MACs",
-    "cluster": "codebook of 16 values",
+    "prune": "25 % of channels out",
+    "factorize": "factors, half the MACs",
+    "cluster": "4-bit codebook",
 }
 PRUNED = 0.25  # of the channels of a group
 CODE = 4  # bits of a clustered weight
@@ -99,41 +100,39 @@ class Sensitivities:
 
 
 def quantized_trials(piece: Workpiece, wanted: Wanted, stats: Stats) -> list[Trial]:
-    """Weights, activations, or both of each layer in integers."""
+    """Both weights and activations of each layer in integers, then one of them alone."""
     graph, free = piece.model.graph, free_dimensions(piece.model.graph)
     heavy = list(weighted_nodes(graph, piece.context))
+    names = frozenset(node.name for node in heavy)
     found = []
-    for node in heavy:
-        weight, others = weight_of(node), tuple(n.name for n in heavy if n is not node)
-        assert weight is not None
-        saved = nbytes(weight) * (32 - wanted.bits) // 32
-        for what in wanted.what:
-            edit = _quantizing(node.name, others, what, wanted.bits, piece.context, stats)
+    for what in sorted(wanted.what, key=WHATS.index, reverse=True):
+        for node in heavy:
+            weight = weight_of(node)
+            assert weight is not None
+            saved = nbytes(weight) * (32 - wanted.bits) // 32
+            edit = quantizing(names - {node.name}, what, wanted.bits, piece.context, stats)
             work = 0 if what == "weights" else macs(node, free) or 0
             kept = 0 if what == "activations" else saved
             found.append(Trial(node.name, node.op, what, edit, kept, work))
     return found
 
 
-def _quantizing(
-    name: str,
-    others: tuple[str, ...],
-    what: What,
-    bits: int,
-    context: Context,
-    stats: Stats,
-) -> Edit:
+def quantizing(left: frozenset[str], what: What, bits: int, context: Context, stats: Stats) -> Edit:
+    """Put all heavy nodes but those on integers, weights by their values; biases make up for it."""
+    only = replace(context.only, barred=context.only.barred | left)
+    seen = replace(context, stats=stats, only=only)
+
     def edit(graph: gs.Graph) -> list[Change | Skip]:
-        node = next(n for n in graph.nodes if n.name == name)
+        results: list[Change | Skip] = []
         if what != "activations":
-            position = knowledge(node).weight
-            old = node.inputs[position]
-            on_grid = rounded(node, values(old), context, bits, False)
-            node.inputs[position] = store(graph, fresh(graph, f"{old.name}_rounded"), on_grid)
-        if what == "weights":
-            return [Change(name, "rounded")]
-        quantize = Quantize(leave=others, weights=False)
-        return quantize.apply(graph, replace(context, stats=stats))
+            CorrectBias(bits=bits).apply(graph, seen)
+            nodes = [node.name for node in weighted_nodes(graph, seen)]
+            round_weights(graph, seen, bits=bits)
+            results += [Change(name, "rounded") for name in nodes]
+        if what != "weights":
+            quantize = Quantize(leave=tuple(sorted(left)), weights=False)
+            results += quantize.apply(graph, replace(context, stats=stats))
+        return results
 
     return edit
 

@@ -30,24 +30,27 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Integral:
-    """An operator on integers: positions of its input, weight, and of scale and zero of both ends.
+    """An operator on integers: where its operands are, and what its output stands for.
 
-    x, w: each (tensor, scale, zero). y: (scale, zero) of its output.
+    operands: positions of each as (tensor, scale, zero); the second is the weight of one that
+    multiplies. y: positions of the (scale, zero) of the output; without them it is float.
     """
 
-    x: tuple[int, int, int]
-    w: tuple[int, int, int]
+    operands: tuple[tuple[int, int, int], ...]
     y: tuple[int, int]
 
 
+_TWO, _ONE = ((0, 1, 2), (3, 4, 5)), ((0, 1, 2),)
 INTEGRAL = {
-    "QLinearConv": Integral((0, 1, 2), (3, 4, 5), (6, 7)),
-    "QLinearMatMul": Integral((0, 1, 2), (3, 4, 5), (6, 7)),
-    "QGemm": Integral((0, 1, 2), (3, 4, 5), (7, 8)),
-    "QLinearAdd": Integral((0, 1, 2), (3, 4, 5), (6, 7)),
+    **{op: Integral(_TWO, (6, 7)) for op in ("QLinearConv", "QLinearMatMul")},
+    **{op: Integral(_TWO, (6, 7)) for op in ("QLinearAdd", "QLinearMul")},
+    "QGemm": Integral(_TWO, (7, 8)),
+    **{op: Integral(_ONE, (3, 4)) for op in ("QLinearGlobalAveragePool", "QLinearAveragePool")},
+    **{op: Integral(_ONE, (3, 4)) for op in ("QLinearSigmoid", "QLinearLeakyRelu")},
+    "QLinearConcat": Integral(((2, 3, 4),), (0, 1)),
 }
 HEAVY = {**dict.fromkeys(MACS, 1), "MatMulInteger": 1, "ConvInteger": 1, "MatMulNBits": 1}
-HEAVY |= {op: INTEGRAL[op].w[0] for op in ("QLinearConv", "QLinearMatMul", "QGemm")}
+HEAVY |= {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3}  # where they have their weight
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class Rewritten:
 
     def _enter_integers(self, node: gs.Node) -> None:
         row = INTEGRAL.get(node.op)
-        if row is not None:
+        if row is not None and max(row.y) < len(node.inputs):
             scale, zero = (node.inputs[i] for i in row.y)
             self.scaled[node.outputs[0].name] = Scaled(scale, zero)
         elif node.op == "QuantizeLinear":

@@ -79,7 +79,7 @@ def _integers(name: str, unit: Sequence[gs.Node], scaled: Mapping[str, Scaled]) 
     """How a unit reads integers of that name; None where it reads them as float."""
     for node in unit:
         row = INTEGRAL.get(node.op)
-        for x, scale, zero in (row.x, row.w) if row else ():
+        for x, scale, zero in row.operands if row else ():
             if node.inputs[x].name == name:
                 return Scaled(node.inputs[scale], node.inputs[zero])
     return scaled.get(name)
