@@ -13,7 +13,7 @@ from onnxc.advice import advise
 from onnxc.blame import STAGED, examine
 from onnxc.check import compare, coverage
 from onnxc.compression import check_input
-from onnxc.core import Context
+from onnxc.core import Context, Pass
 from onnxc.cost import quantized_as
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.graph import Model, bound, copy, is_spilling, load, opset
@@ -44,6 +44,7 @@ from onnxc.sensitivity import (
     OTHERS,
     WHATS,
     All,
+    Centre,
     Sensitivities,
     Wanted,
     other_trials,
@@ -60,7 +61,8 @@ from passes.equalize import Equalize
 from passes.quantize import Quantize
 
 SECONDS = 300.0  # that an analysis may take, about
-LATE = 0.2  # share of these that other passes get in any case
+LATE = 0.2  # share of the time for trials that they get in any case, once they begin
+GREEDY = 40  # runs to choose the layers that are left float, about
 JUDGING = 3  # of so many samples, one judges
 LEAST_JUDGING = 2 * JUDGING  # samples below which every fifth does
 MATCHED = 0.5  # share of the layers below which two models are not of one network
@@ -171,7 +173,7 @@ class Desk:
         tried: tuple[Kept, ...] = ()
         others = [name for name in wanted.passes if name in OTHERS]
         if "quantize" in wanted.passes:
-            share = deadline - whole * (0.5 if others else 0.3)
+            share = whole * (0.5 if others else 0.3)
             tried = self._quantized(piece, wanted, found, share, deadline)
             plain, best = self._proven(original, piece, tried, wanted.bits)
         if others:
@@ -224,17 +226,21 @@ class Desk:
             return ()
         names = tuple(dict.fromkeys(trial.node for trial in trials))
         ways = [Quantize(leave=tuple(n for n in names if n != name)) for name in names]
-        every = All(tuple((way, context) for way in (Quantize(), *ways)))
+        wanting: tuple[Pass, ...] = (Quantize(), Centre(wanted.bits), *ways)
+        every = All(tuple((way, context) for way in wanting))
         ranges = gather(base, every, context, calibration, self.say)
         drifts = gather(base, CorrectBias(bits=wanted.bits), context, calibration, self.say)
         stats = {**ranges, **drifts}
         trials = quantized_trials(level, wanted, stats)
         assert piece.judge is not None
-        meter = gauge(level, piece.judge, len(trials) + 40, share - time.monotonic())
+        begun = time.monotonic()
+        end = max(deadline - share, begun + LATE * share)
+        meter = gauge(level, piece.judge, len(trials) + GREEDY, end - begun)
         self._count(found, len(meter.samples), len(piece.judge), "")
-        run_trials(base, trials, meter, share, found)
+        run_trials(base, trials, meter, end, found)
         prices = candidates(found.found)
-        return greedy(level, stats, prices, meter, wanted.bits, deadline)
+        end = max(deadline, time.monotonic() + LATE * share)
+        return greedy(level, stats, prices, meter, wanted.bits, end)
 
     def _proven(
         self, original: Model, piece: Workpiece, tried: Sequence[Kept], bits: int

@@ -55,7 +55,8 @@ def greedy(
 
     def left(nodes: tuple[str, ...]) -> Harm:
         changed = copy(piece.model)
-        quantizing(frozenset(nodes), "both", bits, piece.context, stats)(changed.graph)
+        edit = quantizing(frozenset(nodes), "both", bits, piece.context, stats, together=True)
+        edit(changed.graph)
         return meter.of(changed)
 
     last = left(())

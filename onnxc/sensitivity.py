@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxc.biases import has_place, shift_bias
 from onnxc.core import Change, Context, Key, Pass, Skip, Stats
 from onnxc.cost import free_dimensions
-from onnxc.graph import Model, copy, nbytes
+from onnxc.graph import Model, copy, nbytes, values
 from onnxc.harm import Gauge, Harm
-from onnxc.integer import round_weights, weighted_nodes
+from onnxc.integer import round_weights, rounded, weighted_nodes
 from onnxc.macs import macs
-from onnxc.ops import weight_of
+from onnxc.moments import matrix, mean_output
+from onnxc.ops import knowledge, weight_of
 from onnxc.pipeline import PASS_ERRORS, PREPARED, gather
 from onnxc.report import Sensitivity
 from onnxc.selectors import Selector
@@ -117,15 +120,26 @@ def quantized_trials(piece: Workpiece, wanted: Wanted, stats: Stats) -> list[Tri
     return found
 
 
-def quantizing(left: frozenset[str], what: What, bits: int, context: Context, stats: Stats) -> Edit:
-    """Put all heavy nodes but those on integers, weights by their values; biases make up for it."""
+def quantizing(
+    left: frozenset[str],
+    what: What,
+    bits: int,
+    context: Context,
+    stats: Stats,
+    together: bool = False,
+) -> Edit:
+    """Put all heavy nodes but those on integers, weights by their values; biases make up for it.
+
+    together: by drifts that were measured with all layers before on integers, too.
+    """
     only = replace(context.only, barred=context.only.barred | left)
     seen = replace(context, stats=stats, only=only)
 
     def edit(graph: gs.Graph) -> list[Change | Skip]:
         results: list[Change | Skip] = []
         if what != "activations":
-            CorrectBias(bits=bits).apply(graph, seen)
+            centring: Pass = CorrectBias(bits=bits) if together else Centre(bits)
+            centring.apply(graph, seen)
             nodes = [node.name for node in weighted_nodes(graph, seen)]
             round_weights(graph, seen, bits=bits)
             results += [Change(name, "rounded") for name in nodes]
@@ -135,6 +149,43 @@ def quantizing(left: frozenset[str], what: What, bits: int, context: Context, st
         return results
 
     return edit
+
+
+@dataclass(frozen=True)
+class Centre:
+    """Let biases make up for what rounding the weights does to the means of single layers.
+
+        b <- b + (W − Ŵ) E[x]
+
+    What a convolution pads is not looked at.
+    """
+
+    bits: int = 8
+    name: ClassVar[str] = "centre"
+    lossless: ClassVar[bool] = False
+
+    def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
+        return [_mean_key(node) for node in weighted_nodes(graph, context) if has_place(node)]
+
+    def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
+        for node in [n for n in weighted_nodes(graph, context) if has_place(n)]:
+            found, weight = context.stats.get(_mean_key(node)), weight_of(node)
+            window = knowledge(node).window
+            if found is None or weight is None or window is None:
+                continue
+            W = values(weight).astype(np.float64)
+            lost = W - rounded(node, values(weight), context, self.bits, False)
+            groups = window(node).groups
+            mean = np.asarray(found.total / max(found.count, 1)).reshape(groups, -1)
+            width = matrix(node, W).shape[2] // mean.shape[1]
+            shift = mean_output(node, lost, np.repeat(mean, width, axis=1))
+            shift_bias(graph, node, shift, "centred")
+        return []
+
+
+def _mean_key(node: gs.Node) -> Key:
+    axis = knowledge(node).x_axis
+    return Key(node.inputs[0].name, "mean", 1 if axis is None else axis(node))
 
 
 def other_trials(piece: Workpiece, wanted: Wanted) -> tuple[list[Trial], list[Skip]]:

@@ -24,7 +24,7 @@ from onnxc.report import Kept, Sensitivity
 from passes.quantize import Quantize
 
 assert CHAIN
-QUICK = ("--seconds", 5)
+QUICK = ("--seconds", 60)  # more than it takes
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_the_options_to_paste_do_what_is_promised(capsys: Any) -> None:
 
 
 def test_other_passes_and_what_they_are_for(capsys: Any) -> None:
-    arguments = ("analyze", "m.onnx", "--data", "data.npz", "--seconds", 30)
+    arguments = ("analyze", "m.onnx", "--data", "data.npz", *QUICK)
     found = report_of(capsys, *arguments, "--passes", "prune,factorize,cluster")
     told = {
         what: [x for x in found["layers"] if x["what"] == what] for what in ("prune", "cluster")
@@ -144,7 +144,7 @@ def test_bad_input_is_told_in_one_sentence(options: list[Any], words: str, capsy
 
 
 def test_the_facade(box: Path) -> None:
-    found = onnxc.analyze("m.onnx", data="data.npz", seconds=5, passes=["quantize"], what=["both"])
+    found = onnxc.analyze("m.onnx", data="data.npz", seconds=60, passes=["quantize"], what=["both"])
     assert found.layers and found.verdict and found.samples == 10
     assert {x.what for x in found.layers} == {"both"}
     with pytest.raises(onnxc.OptionError, match="bits"):
