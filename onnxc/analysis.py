@@ -220,7 +220,13 @@ class Desk:
         infer(base, piece.feed)
         calibration = replace(piece.calibration, memo={}, notes=[])
         context = replace(piece.context, opset=opset(base.graph))
-        level = replace(piece, model=base, context=context, calibration=calibration)
+        level = replace(
+            piece,
+            model=base,
+            context=context,
+            calibration=calibration,
+            runtime=replace(self.runtime, rounds=False),
+        )
         trials = quantized_trials(level, wanted, {})
         if not trials:
             return ()
