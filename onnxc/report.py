@@ -395,6 +395,9 @@ def advised(report: Analysis) -> str:
     plain, best = report.plain, report.best
     if plain is None:
         return "no layer can be quantized" if not report.layers else _touchiest(report)
+    is_poor = plain.sqnr < LEAST_SQNR or (plain.agreement or 1.0) < LEAST_AGREEMENT
+    if best is None and is_poor:
+        return f"quantized, it loses too much: {_quality(plain)}, and no few layers make that good"
     if best is None:
         return f"quantize all layers: {_quality(plain)}, and none left float is worth its price"
     count = len(best.nodes)
