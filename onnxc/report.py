@@ -396,19 +396,16 @@ def advised(report: Analysis) -> str:
     if plain is None:
         return "no layer can be quantized" if not report.layers else _touchiest(report)
     is_poor = plain.sqnr < LEAST_SQNR or (plain.agreement or 1.0) < LEAST_AGREEMENT
-    if best is None and is_poor:
-        return f"quantized, it loses too much: {_quality(plain)}, and no few layers make that good"
+    whole = "quantized, it loses too much" if is_poor else "quantize all layers"
     if best is None:
-        return f"quantize all layers: {_quality(plain)}, and none left float is worth its price"
+        return f"{whole}: {_quality(plain)}, and no few layers left float are worth their price"
     count = len(best.nodes)
     which = "this layer" if count == 1 else f"these {count} layers"
     points = _points(plain, best)
+    told = _change(plain, best, points)
     if points > 0 or plain.agreement is None:
-        return f"keep {which} float: {_change(plain, best, points)}"
-    return (
-        f"quantize all layers: {_quality(plain)} ({which} left float: "
-        f"{_change(plain, best, points)})"
-    )
+        return f"keep {which} float: {told}"
+    return f"{whole}: {_quality(plain)} ({which} left float: {told})"
 
 
 def _points(plain: Kept, best: Kept) -> float:
@@ -421,7 +418,8 @@ def _change(plain: Kept, best: Kept, points: float) -> str:
     told = [] if best.agreement is None else [f"agreement {points:+.1f} points"]
     told.append(f"SQNR {best.sqnr - plain.sqnr:+.1f} dB")
     if plain.bytes is not None and best.bytes is not None:
-        told.append(f"{(best.bytes - plain.bytes) / 1e6:+.2f} MB")
+        more = best.bytes - plain.bytes
+        told.append(f"{more / 1e6:+.2f} MB" if abs(more) >= 1e5 else f"{more / 1e3:+.1f} kB")
     if plain.speed is not None and best.speed is not None:
         told.append(f"speed {plain.speed.median:.2f}x -> {best.speed.median:.2f}x")
     return ", ".join(told)

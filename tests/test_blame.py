@@ -48,7 +48,7 @@ CHAIN = """g (float[1,4,8,8] x, float[8,4,3,3] W0, float[8,8,3,3] W1, float[8,8,
 HEAVY = ["Conv_a", "Conv_b", "Conv_c", "Gemm_y"]
 
 
-def chain(**weights: Any) -> onnx.ModelProto:
+def chain(size: int = 8, **weights: Any) -> onnx.ModelProto:
     """Three convolutions, a sum, and a product at the end; nodes are called OP_OUTPUT."""
     given_ = {
         "W0": normal(8, 4, 3, 3) / 6,
@@ -57,7 +57,8 @@ def chain(**weights: Any) -> onnx.ModelProto:
         "W3": normal(5, 8),
         "B": normal(8) / 10,
     }
-    proto = bind(CHAIN, **{**given_, **weights})
+    text = CHAIN.replace("float[1,4,8,8]", f"float[1,4,{size},{size}]")
+    proto = bind(text, **{**given_, **weights})
     for node in proto.graph.node:
         node.name = f"{node.op_type}_{node.output[0]}"
     return proto
