@@ -62,12 +62,15 @@ def _of_layer(layer: Examined, node: gs.Node | None) -> Iterator[tuple[str, floa
             _without(own, layer.saturating),
         )
     if layer.clipping is not None and (gain := _without(own, layer.clipping)) >= LEAST:
-        yield "ranges cut large values off: ranges by minmax or mse do so less", gain
+        yield "ranges cut large values off: ranges by mse or minmax do so less", gain
     steps = layer.steps
     if steps is not None and layer.fit is None and layer.rounding is not None:
         share = (layer.high - layer.low) / max(steps.high - steps.low, 1e-30)
         if 0 < share < WIDE and layer.rounding < own + LEAST:
-            yield "ranges are wider than the values: calibrate again", -20 * np.log10(share)
+            yield (
+                "ranges are wider than the values, as a few large ones make them: ranges by mse",
+                -20 * np.log10(share),
+            )
     split = None if node is None else _per_channel(layer, node)
     if split is not None and split >= LEAST:
         yield "weights have one scale: one for each channel makes their error smaller", split

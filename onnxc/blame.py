@@ -52,7 +52,7 @@ SAMPLES = 8  # that are looked at
 BATCH = 4  # of them in a run
 ENOUGH = 60.0  # dB of an error that needs no cause
 WIDE = 0.4  # share of a range below which it is too wide
-ROOM = 192 << 20  # bytes of the taps of a segment, both models together
+ROOM = 96 << 20  # bytes of the taps of a segment, both models together
 STAGED = "layers were not compared: the models do not fit into --max-memory whole"
 
 
@@ -96,9 +96,9 @@ class Examined:
         if steps is not None and self.clipping is not None and self.clipping < own + 3:
             return f"cutting at {steps.low:.3g} to {steps.high:.3g}"
         if self.rounding is None:
-            return "rounding its weights" if steps is None else ""
+            return "its weights or bias" if steps is None else ""
         if self.rounding > own + 3:
-            return "rounding its weights"
+            return "its weights or bias"
         share = (self.high - self.low) / max(steps.high - steps.low, 1e-30) if steps else 1.0
         if share < WIDE:
             return f"a range {1 / max(share, 1e-6):.1f}x too wide"
@@ -427,7 +427,8 @@ def _element(tensor: gs.Tensor) -> int:
 
 
 def _scaled_note(count: int) -> str:
+    many = "one tensor holds" if count == 1 else f"{count} tensors hold"
     return (
-        f"{count} tensor{'s'[: count != 1]} hold other numbers for the same network, as behind an "
-        "equalization: compared up to the gain and the offset of each channel"
+        f"{many} other numbers for the same network, as behind an equalization: compared up to the "
+        "gain and the offset of each channel"
     )
