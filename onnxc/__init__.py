@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxc.api import QuantizeSettings as QuantizeSettings
+    from onnxc.api import analyze as analyze
     from onnxc.api import benchmark as benchmark
     from onnxc.api import calibrate as calibrate
     from onnxc.api import cluster as cluster
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "onnxc.api": (
-        *("QuantizeSettings", "benchmark", "calibrate", "cluster", "compress", "factorize"),
-        *("inspect", "load", "merge_statistics", "pack", "preview", "prune", "quantize"),
-        *("run_in_integers", "save", "sparsify", "unpack", "validate", "write_html"),
+        *("QuantizeSettings", "analyze", "benchmark", "calibrate", "cluster", "compress"),
+        *("factorize", "inspect", "load", "merge_statistics", "pack", "preview", "prune"),
+        *("quantize", "run_in_integers", "save", "sparsify", "unpack", "validate", "write_html"),
     ),
     "onnxc.errors": ("ClusterError", "DataError", "ModelError", "OnnxcError", "OptionError"),
 }

@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 from calib.data import Dataset, Preprocess
 from onnxc import recipe as recipes
+from onnxc.analysis import analyze
 from onnxc.anatomy import Anatomy, anatomy
 from onnxc.anytime.searched import searched
 from onnxc.anytime.settings import CompressSettings
 from onnxc.bench import Latency, speedup, time_interleaved
+from onnxc.blame import examine_files
 from onnxc.calibration import calibrate, merge_statistics
 from onnxc.check import Comparison, compare, coverage
 from onnxc.compression import Attempt, Compressed, attempt, compress_model
@@ -64,6 +66,7 @@ from onnxc.workpiece import silent
 
 __all__ = [
     "QuantizeSettings",
+    "analyze",
     "benchmark",
     "calibrate",
     "cluster",
@@ -320,6 +323,7 @@ def validate(
     with naming(second):
         told = counting(say, "comparing")
         comparison = compare(pair[0], pair[1], dataset, runtime, progress=told)
+        seen = examine_files(pair[0], pair[1], dataset, runtime, say)
     say("timing")
     feeds = list(islice(dataset.batches(1), FEEDS))
     needed, times = excess(pair, feeds[0]), dict[str, Latency]()
@@ -337,8 +341,10 @@ def validate(
         anatomy=_anatomy(first, second),
         surroundings=surroundings(),
         missed=missed_bounds(comparison, max_drop),
-        notes=(*dataset.notes, *([untimed(needed, memory)] if needed else ())),
+        notes=(*dataset.notes, *([untimed(needed, memory)] if needed else ()), *seen.notes),
         vectors=None if folder is None else str(folder),
+        blame=seen.blames,
+        unmatched=seen.unmatched,
     )
     if folder is not None:
         say("writing vectors")

@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 
 from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
+from onnxc.analysis_view import render_analysis
 from onnxc.html import page
 from onnxc.report import Report
 from onnxc.tasks import CLUSTER, COMPRESS, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
@@ -102,6 +103,39 @@ def validate(context: click.Context, /, **settings: Any) -> int:
         )
     _present(found, console.render_validation, settings)
     return EXIT_MISSED if found.missed else 0
+
+
+@onnxc.command(
+    cls=Example,
+    example="onnxc analyze model.onnx --data calib/ --preset imagenet\n"
+    "  onnxc analyze model.onnx --data calib/ --quantized theirs.onnx",
+)
+@click.argument("model", type=ModelArgument)
+@options.data()
+@options.analysis
+@options.target
+@options.nodes
+@options.max_memory
+@options.runtime
+@options.seed
+@options.shown
+@click.pass_context
+def analyze(context: click.Context, /, **settings: Any) -> None:
+    """Which layers of MODEL suffer most when compressed, or where a quantized file goes wrong."""
+    if settings["quantized"] is not None:
+        other = ("what", "passes", "bits", "seconds", "val", "include", "exclude")
+        _refuse_beside(context, "--quantized", other, "which is explained as it is")
+    names = ("data", "val", "quantized", "samples", "seed", "max_memory", "target")
+    with progress(settings) as say:
+        found = api.analyze(
+            settings["model"],
+            preprocess=options.preprocess_of(context),
+            runtime=options.runtime_of(context),
+            progress=say,
+            **_some(settings, *names, "what", "passes", "bits", "seconds", "include", "exclude"),
+        )
+    top = settings["top"]
+    show(found, lambda r: render_analysis(r, top), settings["as_json"], settings["quiet"])
 
 
 @onnxc.command(cls=Example, example="onnxc bench model.onnx model.int8.onnx --threads 4")
@@ -286,7 +320,8 @@ def calibrate(context: click.Context, /, **settings: Any) -> None:
     """Gather the statistics of MODEL alone, or merge those of parts of the data."""
     if settings["merge"]:
         without = ("data", "samples", "what", "max_memory", "seed", "workers", "scheduler")
-        _refuse_beside(context, "--merge", without)
+        images = tuple(options.names(Preprocess))
+        _refuse_beside(context, "--merge", (*without, *images), "which reads no data")
         with progress(settings):
             found = api.merge_statistics(settings["model"], output=settings["output"])
     else:
@@ -326,12 +361,12 @@ def unpack(package: Path, output: Path, as_json: bool, quiet: bool) -> None:
     show(found, console.render_packed, as_json, quiet)
 
 
-def _refuse_beside(context: click.Context, option: str, names: tuple[str, ...]) -> None:
-    """Refuse options, and those for images, that mean nothing beside another one."""
-    given = options.given(context, (*names, *options.names(Preprocess)))
+def _refuse_beside(context: click.Context, option: str, names: tuple[str, ...], why: str) -> None:
+    """Refuse options that mean nothing beside another one."""
+    given = options.given(context, names)
     if given:
         other = "--" + min(given).replace("_", "-")
-        raise click.UsageError(f"{other} does not go with {option}, which reads no data", context)
+        raise click.UsageError(f"{other} does not go with {option}, {why}", context)
 
 
 def _check_one_model(settings: dict[str, Any]) -> None:

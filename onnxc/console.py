@@ -6,6 +6,7 @@ after, the verdict, what was left as it was by reason, notes. It decides nothing
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
@@ -19,6 +20,7 @@ from onnxc.check import Comparison
 from onnxc.cost import HeavyNode, Inspection, Port
 from onnxc.report import (
     Benchmark,
+    Blame,
     Calibrated,
     Effect,
     Packed,
@@ -46,6 +48,7 @@ NAME_WIDTH = 30  # characters of a node's name in a table
 REASONS_SHOWN = 6
 NODES_SHOWN = 12  # rows of an inspection
 OUTPUTS_SHOWN = 12
+BLAMED = 5  # layers of a validation
 USED = {"histogram": "values", "moments": "rows of layer inputs"}  # what a share is of
 
 Parts = list[RenderableType]
@@ -58,9 +61,9 @@ def render(report: Report) -> RenderableType:
     parts: Parts = [*_headline(report.headline), _title(report), table, result]
     parts += _done(report)
     title = "left alone" if report.coverage is None else "run in float"
-    parts += _grouped(title, left_alone(report))
-    parts += _notes((*report.notes, *zeros_notes(report), *untold(report)))
-    return Group(*parts, *_effort(report.seconds, report.memory_peak))
+    parts += grouped(title, left_alone(report))
+    parts += notes_of((*report.notes, *zeros_notes(report), *untold(report)))
+    return Group(*parts, *effort(report.seconds, report.memory_peak))
 
 
 def _done(report: Report) -> Parts:
@@ -83,18 +86,18 @@ def render_preview(report: Preview) -> RenderableType:
     """What each way would change and leave alone."""
     title = f"[bold]{escape(report.model)}[/] → [bold]{escape(report.output)}[/], not written"
     parts: Parts = [Text.from_markup(f"{title}  [dim](target {report.target})[/]")]
-    parts += _grouped("prepared", ((c.node, kind_of(c.what)) for c in report.prepared))
+    parts += grouped("prepared", ((c.node, kind_of(c.what)) for c in report.prepared))
     alike: defaultdict[tuple[Pairs, Pairs], list[str]] = defaultdict(list)
     word = report.aim.done
     for name, effect in report.ways.items():
         alike[_effects(effect)].append(name)
     for (done, left), names in alike.items():
         parts.append(Text("\nway: " + "; ".join(names), style="bold green"))
-        parts += _grouped(word, done) or [Text(f"no node is {word}", style="yellow")]
-        parts += _grouped("left alone", left)
+        parts += grouped(word, done) or [Text(f"no node is {word}", style="yellow")]
+        parts += grouped("left alone", left)
     if len(report.ways) > 1:
         parts.append(Text("\nAll of these ways are measured, and the best one is written."))
-    return Group(*parts, *_notes(report.notes))
+    return Group(*parts, *notes_of(report.notes))
 
 
 def _effects(effect: Effect) -> tuple[Pairs, Pairs]:
@@ -112,8 +115,27 @@ def render_validation(report: Validation) -> RenderableType:
     if len(report.comparison.outputs) > 1:
         parts += ["", _outputs(report.comparison)]
     written = [f"test vectors are in {report.vectors}"] if report.vectors else []
-    notes = _notes((*report.comparison.notes, *report.notes, *written))
-    return Group(*parts, _verdict(report), *_grouped("run in float", left_alone(report)), *notes)
+    notes = notes_of((*report.comparison.notes, *report.notes, *written))
+    blamed, left = blame_table(report.blame, BLAMED), grouped("run in float", left_alone(report))
+    return Group(*parts, _verdict(report), *blamed, *left, *notes)
+
+
+def blame_table(blame: Iterable[Blame], top: int) -> Parts:
+    """The layers that add most error, the worst first."""
+    known = [layer for layer in blame if layer.own is not None and math.isfinite(layer.own)]
+    worst = sorted(known, key=lambda layer: (layer.own, layer.sqnr))[:top]
+    if not worst:
+        return []
+    table = Table(box=None, pad_edge=False)
+    table.add_column("error starts here", no_wrap=True, min_width=NAME_WIDTH - 2)
+    table.add_column("op")
+    for heading in ("own", "so far"):
+        table.add_column(heading, justify="right")
+    table.add_column("most of it by", overflow="fold")
+    for x in worst:
+        values = (f"{x.own:.1f} dB", f"{x.sqnr:.1f} dB")
+        table.add_row(ending(x.node), x.op, *values, Text(x.cause))
+    return [table, ""]
 
 
 def render_benchmark(report: Benchmark) -> RenderableType:
@@ -130,7 +152,7 @@ def render_benchmark(report: Benchmark) -> RenderableType:
         speed = (f"{ratio.median:.2f}x", f"{ratio.low:.2f} to {ratio.high:.2f}") if ratio else ()
         style = "red" if ratio and ratio.is_slower else None
         table.add_row(escape(name), *times, f"{100 * latency.spread:.0f} %", *speed, style=style)
-    return Group(Text(f"{what} ({how})", style="dim"), table, *_notes(report.notes))
+    return Group(Text(f"{what} ({how})", style="dim"), table, *notes_of(report.notes))
 
 
 def render_inspection(report: Inspection, name: str) -> RenderableType:
@@ -147,7 +169,7 @@ def render_inspection(report: Inspection, name: str) -> RenderableType:
     able = [node for node in report.heavy if node.can]
     parts += [facts, _heavy(able)] if able else [facts, Text("no node can be compressed")]
     left = ((n.name, n.reason) for n in report.heavy if not n.can)
-    return Group(*parts, *_grouped("cannot be compressed", left), *_notes(report.notes))
+    return Group(*parts, *grouped("cannot be compressed", left), *notes_of(report.notes))
 
 
 def render_calibrated(report: Calibrated) -> RenderableType:
@@ -160,10 +182,10 @@ def render_calibrated(report: Calibrated) -> RenderableType:
         used = f"of {percent(share)} of the {USED[kind]}" if share is not None else ""
         facts.add_row(Text(kind, style="dim"), Text(str(count), justify="right"), Text(used))
     facts.add_row(Text("file", style="dim"), Text(size_text(report.bytes), justify="right"))
-    merged = [f"merged from {_some(list(report.sources))}"] if len(report.sources) > 1 else []
-    left = _grouped("no moments", ((s.node, s.reason) for s in report.skips))
-    notes = _notes((*merged, *report.notes))
-    return Group(head, facts, *left, *notes, *_effort(report.seconds, report.memory_peak))
+    merged = [f"merged from {some(list(report.sources))}"] if len(report.sources) > 1 else []
+    left = grouped("no moments", ((s.node, s.reason) for s in report.skips))
+    notes = notes_of((*merged, *report.notes))
+    return Group(head, facts, *left, *notes, *effort(report.seconds, report.memory_peak))
 
 
 def render_packed(report: Packed) -> RenderableType:
@@ -175,7 +197,7 @@ def render_packed(report: Packed) -> RenderableType:
         table.add_row(way, str(tally.tensors), *_sizes(tally.before, tally.after))
     table.add_row("in all" if report.ways else "file", "", *_sizes(report.before, report.after))
     parts: Parts = [Text(f"{report.source} -> {report.output}", style="bold"), table]
-    return Group(*parts, *_effort(report.seconds, None))
+    return Group(*parts, *effort(report.seconds, None))
 
 
 def _sizes(before: int, after: int) -> Row:
@@ -224,7 +246,7 @@ def _verdict(report: Report | Validation) -> RenderableType:
     return Group("", text, "")
 
 
-def _grouped(title: str, pairs: Iterable[tuple[str, str]]) -> Parts:
+def grouped(title: str, pairs: Iterable[tuple[str, str]]) -> Parts:
     """Nodes by reason, the most frequent reason first; a few names of each."""
     order = by_reason(pairs)
     if not order:
@@ -233,7 +255,7 @@ def _grouped(title: str, pairs: Iterable[tuple[str, str]]) -> Parts:
     lines.add_column(justify="right")
     lines.add_column(overflow="fold")
     for reason, nodes in order[:REASONS_SHOWN]:
-        lines.add_row(Text(str(len(nodes))), Text(f"{reason}: {_some(nodes)}"))
+        lines.add_row(Text(str(len(nodes))), Text(f"{reason}: {some(nodes)}"))
     rest = order[REASONS_SHOWN:]
     if rest:
         count = len({node for _, nodes in rest for node in nodes})
@@ -242,7 +264,7 @@ def _grouped(title: str, pairs: Iterable[tuple[str, str]]) -> Parts:
     return [Text(f"{title}: {nodes_text(total)}", style="bold"), lines]
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     """The first name, more while there is room, and how many are left."""
     lengths = accumulate(len(name) + 2 for name in names)
     shown = max(1, sum(length <= NAMES_WIDTH for length in lengths))
@@ -250,7 +272,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest else "")
 
 
-def _notes(notes: Iterable[str]) -> Parts:
+def notes_of(notes: Iterable[str]) -> Parts:
     lines = Table.grid(padding=(0, 1, 0, 0))
     lines.add_column()
     lines.add_column(overflow="fold")
@@ -259,7 +281,7 @@ def _notes(notes: Iterable[str]) -> Parts:
     return [lines] if lines.row_count else []
 
 
-def _effort(seconds: float | None, memory_peak: int | None) -> Parts:
+def effort(seconds: float | None, memory_peak: int | None) -> Parts:
     spent = [f"{seconds:.1f} s"] if seconds is not None else []
     spent += [f"peak memory {size_text(memory_peak)}"] if memory_peak is not None else []
     return [Text(", ".join(spent), style="dim")] if spent else []
@@ -276,7 +298,7 @@ def _heavy(nodes: list[HeavyNode]) -> Table:
         shape = "x".join(map(str, node.shape or ()))
         macs = "?" if node.macs is None else count_text(node.macs)
         size = size_text(node.weight)
-        table.add_row(_ending(node.name), node.op, shape, size, macs, node.reason)
+        table.add_row(ending(node.name), node.op, shape, size, macs, node.reason)
     rest = nodes if len(nodes) > len(shown) else []
     if rest:
         size = size_text(sum(n.weight for n in rest))
@@ -284,7 +306,7 @@ def _heavy(nodes: list[HeavyNode]) -> Table:
     return table
 
 
-def _ending(name: str) -> Text:
+def ending(name: str) -> Text:
     """A name, its beginning cut where it is long: endings tell nodes apart."""
     return Text(name if len(name) <= NAME_WIDTH else "…" + name[1 - NAME_WIDTH :])
 

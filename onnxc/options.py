@@ -26,6 +26,7 @@ from onnxc.calibration import KINDS, WHAT
 from onnxc.paths import existing
 from onnxc.recipe import shipped
 from onnxc.runtime import LEVELS, Runtime
+from onnxc.sensitivity import OTHERS, WHATS
 from onnxc.targets import TARGETS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -320,6 +321,46 @@ search = group_of(
         help="When to stop, such as 90s, 10m or 1.5h; what was found until then is kept.",
     ),
     click.option("--resume", is_flag=True, help="Go on where a search of the same was stopped."),
+)
+analysis = group_of(
+    click.option(
+        "--val", metavar="SOURCE", help="Samples to judge by [default: a third of --data]."
+    ),
+    click.option(
+        "--quantized",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="A quantized file of MODEL, by any tool: where does its error start?",
+    ),
+    click.option(
+        "--what",
+        type=reader(tuple[str, ...]),
+        default=",".join(WHATS),
+        show_default=True,
+        metavar="LIST",
+        help="What of a layer is quantized.",
+    ),
+    click.option(
+        "--passes",
+        type=reader(tuple[str, ...]),
+        default=",".join(("quantize", *OTHERS)),
+        show_default=True,
+        metavar="LIST",
+        help="What is done to each layer alone.",
+    ),
+    click.option(
+        "--bits", type=click.IntRange(2, 8), default=8, show_default=True, help="Of the weights."
+    ),
+    click.option(
+        "--seconds",
+        type=float,
+        default=300.0,
+        show_default=True,
+        help="About how long it may take; few seconds leave few samples to judge by.",
+    ),
+    click.option(
+        "--top", type=click.IntRange(1), default=10, show_default=True, help="Rows of a table."
+    ),
 )
 recipes = group_of(
     click.option(

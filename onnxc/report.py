@@ -4,6 +4,7 @@ A report is a plain dataclass, and `to_json` writes any of them: its fields are 
 
     quantize, cluster … Report          --dry-run of these  Preview         inspect    Inspection
     validate            Validation      bench               Benchmark       calibrate  Calibrated
+    analyze             Analysis
 
     aim                 {name, done, seeks}: the task, the word for a node it changed, what counts
     zeros               [{weights, zeros, bits, coded, share}, the same after], or null
@@ -18,12 +19,12 @@ A report is a plain dataclass, and `to_json` writes any of them: its fields are 
                         left_float}
     changes, skips      [{node, what, before, after}], [{node, reason}]
     points              [{name, bytes, drop, low, high, speed, is_met, is_best, on_front}]
-    blame               [{node, op, tensor, sqnr, own}]
     anatomy             {layers [{node, op, before, after}], types {NAME: [before, after]}, rest,
                         saved, files}
     spans               [{tensor, type, scale, zero_point, low, high, least, most, clipped, counts,
                         used}]
     surroundings        {versions, system, processor, features, cores}
+    blame               [{node, op, tensor, sqnr, own, cause}] in the order of the graph
 
 `onnxc.schema` makes a JSON Schema of them all; docs/report.md says what each key means.
 Bytes and seconds are plain numbers, latencies milliseconds, SQNR decibel, shares lie in 0..1. What
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -109,7 +111,8 @@ class Blame:
     """A layer's share in the error of a result. tensor: its output, in the original.
 
     sqnr: dB of that tensor in the result, all error before it included. own: dB where only this
-    layer is the result's and its inputs are the original's, None where that is not known.
+    layer is the result's and its inputs are the original's, None where that is not known. cause: of
+    its own error, in words.
     """
 
     node: str
@@ -117,6 +120,7 @@ class Blame:
     tensor: str
     sqnr: float
     own: float | None = None
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,11 @@ class Preview:
 
 @dataclass(frozen=True)
 class Validation:
-    """A candidate against its reference. vectors: the folder of test vectors that was written."""
+    """A candidate against its reference. vectors: the folder of test vectors that was written.
+
+    blame: of a quantized candidate, the layers of the reference in order. unmatched: those that
+    could not be compared, with reasons.
+    """
 
     reference: str
     candidate: str
@@ -212,6 +220,7 @@ class Validation:
     blame: tuple[Blame, ...] = ()
     anatomy: Anatomy | None = None
     surroundings: Surroundings | None = None
+    unmatched: tuple[Skip, ...] = ()
 
     @property
     def is_good(self) -> bool:
@@ -277,6 +286,92 @@ class Packed:
         return self.before / max(self.after, 1)
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the outputs lose where one thing is done to one layer, and all others stay as they are.
+
+    what: "weights", "activations" or "both" of them in integers, or the name of another pass. sqnr:
+    dB of the outputs. loss: share of decisions that are expected to change, None without classes.
+    bytes: of weights that it saves. macs: multiply-accumulates that it saves, or makes integer.
+    cost: relative noise of the outputs for each share of bytes and MACs of the model that it gains.
+    """
+
+    node: str
+    op: str
+    what: str
+    sqnr: float
+    loss: float | None
+    bytes: int
+    macs: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The quantized model with these nodes left float, as measured on samples no statistic saw.
+
+    bytes: of the file, None where none was built. speed: float latency over its own, None where it
+    was not timed.
+    """
+
+    nodes: tuple[str, ...]
+    sqnr: float
+    agreement: float | None
+    top1: float | None = None
+    bytes: int | None = None
+    speed: Ratio | None = None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What would help a quantized file. nodes: empty for what concerns the whole of it.
+
+    gain: dB that it is worth at the node, or at the outputs for the whole; None if not measured.
+    """
+
+    what: str
+    nodes: tuple[str, ...] = ()
+    gain: float | None = None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Where a model is sensitive, or where a quantized file of it goes wrong.
+
+    quantized: the file, None where onnxc quantized. samples: that judged. layers: sensitivities,
+    the highest cost first. plain: the quantized model as it is; kept: what was tried of leaving
+    nodes float, measured cheaply; best: the one that is worth it, built as `onnxc quantize` would.
+    blame: layers of the quantized model in order. unmatched: those that were not compared.
+    """
+
+    model: str
+    quantized: str | None
+    samples: int
+    target: str
+    layers: tuple[Sensitivity, ...] = ()
+    plain: Kept | None = None
+    best: Kept | None = None
+    kept: tuple[Kept, ...] = ()
+    blame: tuple[Blame, ...] = ()
+    advice: tuple[Advice, ...] = ()
+    comparison: Comparison | None = None
+    skips: tuple[Skip, ...] = ()
+    unmatched: tuple[Skip, ...] = ()
+    notes: tuple[str, ...] = ()
+    memory_peak: int | None = None
+    seconds: float | None = None
+
+    @property
+    def exclude(self) -> str:
+        """Options of `onnxc quantize` that leave those nodes float; empty where none is."""
+        nodes = () if self.best is None else self.best.nodes
+        return " ".join(f"--exclude {shlex.quote(node)}" for node in nodes)
+
+    @property
+    def verdict(self) -> str:
+        return advised(self)
+
+
 def to_dict(value: Any) -> Any:
     """JSON-ready data; properties join the fields, fields hidden from repr stay out.
 
@@ -309,6 +404,68 @@ def verdict(report: Report | Validation) -> tuple[bool, str]:
     facts += _accuracy_facts(report.comparison)
     bad = [*report.missed, *_faults(report)]
     return not bad, f"{'; '.join(bad)} ({', '.join(facts)})" if bad else ", ".join(facts)
+
+
+def advised(report: Analysis) -> str:
+    """One sentence: what to leave float and what that is worth, or where the error starts."""
+    if report.quantized is not None:
+        return _blamed(report)
+    plain, best = report.plain, report.best
+    if plain is None:
+        return "no layer can be quantized" if not report.layers else _touchiest(report)
+    is_poor = plain.sqnr < LEAST_SQNR or (plain.agreement or 1.0) < LEAST_AGREEMENT
+    whole = "quantized, it loses too much" if is_poor else "quantize all layers"
+    if best is None:
+        return f"{whole}: {_quality(plain)}, and no few layers left float are worth their price"
+    count = len(best.nodes)
+    which = "this layer" if count == 1 else f"these {count} layers"
+    points = _points(plain, best)
+    told = _change(plain, best, points)
+    if points > 0 or plain.agreement is None:
+        return f"keep {which} float: {told}"
+    return f"{whole}: {_quality(plain)} ({which} left float: {told})"
+
+
+def _points(plain: Kept, best: Kept) -> float:
+    """Points of agreement that leaving nodes float gives back."""
+    return 100 * ((best.agreement or 0.0) - (plain.agreement or 0.0))
+
+
+def _change(plain: Kept, best: Kept, points: float) -> str:
+    """What leaving nodes float gives, and its price."""
+    told = [] if best.agreement is None else [f"agreement {points:+.1f} points"]
+    told.append(f"SQNR {best.sqnr - plain.sqnr:+.1f} dB")
+    if plain.bytes is not None and best.bytes is not None:
+        more = best.bytes - plain.bytes
+        told.append(f"{more / 1e6:+.2f} MB" if abs(more) >= 1e5 else f"{more / 1e3:+.1f} kB")
+    if plain.speed is not None and best.speed is not None:
+        told.append(f"speed {plain.speed.median:.2f}x -> {best.speed.median:.2f}x")
+    return ", ".join(told)
+
+
+def _quality(found: Kept) -> str:
+    if found.agreement is None:
+        return f"SQNR {found.sqnr:.1f} dB"
+    return f"agreement {100 * found.agreement:.1f} %, SQNR {found.sqnr:.1f} dB"
+
+
+def _touchiest(report: Analysis) -> str:
+    first = report.layers[0]
+    return (
+        f"the most sensitive for what it gains is {first.node} ({first.what}: {first.sqnr:.1f} dB)"
+    )
+
+
+def _blamed(report: Analysis) -> str:
+    known = [x for x in report.blame if x.own is not None and math.isfinite(x.own)]
+    if not known:
+        return "no layer of both models could be compared"
+    worst = min(known, key=lambda x: (x.own, x.sqnr))
+    cause = f", most of it by {worst.cause}" if worst.cause else ""
+    where = f"the error starts at {worst.node}: {worst.own:.1f} dB of its own{cause}"
+    if report.comparison is None:
+        return where
+    return f"{where} (outputs: {', '.join(_accuracy_facts(report.comparison))})"
 
 
 def _faults(report: Report | Validation) -> Iterator[str]:

@@ -30,7 +30,7 @@ class Runtime:
     plan no memory ahead, which takes a second set of buffers, and let threads sleep between runs,
     where others have work; for few runs of a model. folds: compute what follows from constants
     once, when the model is opened. packs: copy weights into the order that kernels read, which pays
-    from the second run on.
+    from the second run on. rounds: put float weights between Q/DQ on 8 bits, one scale for all.
     """
 
     threads: int = 1
@@ -39,6 +39,7 @@ class Runtime:
     lean: bool = False
     folds: bool = field(default=True, repr=False)
     packs: bool = field(default=True, repr=False)
+    rounds: bool = field(default=True, repr=False)
 
 
 def provider_name(name: str) -> str:
@@ -85,7 +86,8 @@ def session(
         options.add_session_config_entry("session.disable_prepacking", "1")
     source = model if isinstance(model, bytes) else str(plain(model))
     providers = list(dict.fromkeys([provider_name(runtime.provider), "CPUExecutionProvider"]))
-    unwanted = None if runtime.folds else ["ConstantFolding"]
+    kept = (("ConstantFolding", runtime.folds), ("WeightBiasQuantization", runtime.rounds))
+    unwanted = [name for name, is_wanted in kept if not is_wanted] or None
     try:
         return ort.InferenceSession(source, options, providers, disabled_optimizers=unwanted)
     except RUNTIME_ERRORS as error:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from onnxc.cost import Inspection
-from onnxc.report import Benchmark, Calibrated, Packed, Preview, Report, Validation
+from onnxc.report import Analysis, Benchmark, Calibrated, Packed, Preview, Report, Validation
 
 REPORTS: tuple[type[Any], ...] = (
-    *(Report, Preview, Validation, Benchmark, Inspection, Calibrated, Packed),
+    *(Report, Preview, Validation, Analysis, Benchmark, Inspection, Calibrated, Packed),
 )
 DIALECT = "2020-12"  # the draft of JSON Schema that the definitions are written in
 SIMPLE: dict[Any, Any] = {
