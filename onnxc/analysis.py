@@ -13,14 +13,14 @@ from onnxc.advice import advise
 from onnxc.blame import STAGED, examine
 from onnxc.check import compare, coverage
 from onnxc.compression import check_input
-from onnxc.core import Context, Pass
+from onnxc.core import Context
 from onnxc.cost import quantized_as
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.graph import Model, bound, copy, is_spilling, load, opset
 from onnxc.harm import gauge
-from onnxc.keeping import candidates, greedy, proven, worth
+from onnxc.keeping import LATE, float_layers, proven, worth
 from onnxc.paths import existing
-from onnxc.pipeline import Calibration, compress, gather, prepare
+from onnxc.pipeline import Calibration, prepare
 from onnxc.report import Analysis, Kept
 from onnxc.request import (
     THREADS,
@@ -42,26 +42,17 @@ from onnxc.selectors import Selector
 from onnxc.sensitivity import (
     OTHERS,
     WHATS,
-    All,
-    Centre,
     Sensitivities,
     Wanted,
     other_trials,
-    quantized_trials,
     run_trials,
 )
 from onnxc.shapes import infer
 from onnxc.targets import Target
 from onnxc.targets import choose as choose_target
 from onnxc.workpiece import Workpiece, silent
-from passes.absorb_offsets import AbsorbOffsets
-from passes.correct_bias import CorrectBias
-from passes.equalize import Equalize
-from passes.quantize import Quantize
 
 SECONDS = 300.0  # that an analysis may take, about
-LATE = 0.2  # share of the time for trials that they get in any case, once they begin
-GREEDY = 40  # runs to choose the layers that are left float, about
 JUDGING = 3  # of so many samples, one judges
 LEAST_JUDGING = 2 * JUDGING  # samples below which every fifth does
 MATCHED = 0.5  # share of the layers below which two models are not of one network
@@ -173,14 +164,14 @@ class Desk:
         others = [name for name in wanted.passes if name in OTHERS]
         if "quantize" in wanted.passes:
             share = whole * (0.5 if others else 0.3)
-            tried = self._quantized(piece, wanted, found, share, deadline)
+            tried = float_layers(piece, wanted, found, share, deadline)
             plain, best = self._proven(original, piece, tried, wanted.bits)
         if others:
             trials, skips = other_trials(piece, wanted)
             found.skips += skips
             end = max(deadline, time.monotonic() + LATE * whole)
             meter = gauge(piece, judge, len(trials), end - time.monotonic())
-            self._count(found, len(meter.samples), len(judge), " of " + " and ".join(others))
+            found.count(len(meter.samples), len(judge), " of " + " and ".join(others))
             run_trials(piece.model, trials, meter, end, found)
         counts = f"statistics of {len(kept)} samples, judged by {len(judge)} others"
         return Analysis(
@@ -204,49 +195,6 @@ class Desk:
         calibration = Calibration(kept, self.memory, threads=THREADS, original=self.model)
         return Workpiece(self.model, context, calibration, feed, self.runtime, self.say, judge)
 
-    def _quantized(
-        self,
-        piece: Workpiece,
-        wanted: Wanted,
-        found: Sensitivities,
-        share: float,
-        deadline: float,
-    ) -> tuple[Kept, ...]:
-        """Each layer alone in integers, then all but some; on the model as equalized for it."""
-        base = copy(piece.model)
-        start = (Equalize(), AbsorbOffsets())
-        compress(base, start, piece.context, piece.calibration, piece.feed, self.say)
-        infer(base, piece.feed)
-        calibration = replace(piece.calibration, memo={}, notes=[])
-        context = replace(piece.context, opset=opset(base.graph))
-        level = replace(
-            piece,
-            model=base,
-            context=context,
-            calibration=calibration,
-            runtime=replace(self.runtime, rounds=False),
-        )
-        trials = quantized_trials(level, wanted, {})
-        if not trials:
-            return ()
-        names = tuple(dict.fromkeys(trial.node for trial in trials))
-        ways = [Quantize(leave=tuple(n for n in names if n != name)) for name in names]
-        wanting: tuple[Pass, ...] = (Quantize(), Centre(wanted.bits), *ways)
-        every = All(tuple((way, context) for way in wanting))
-        ranges = gather(base, every, context, calibration, self.say)
-        drifts = gather(base, CorrectBias(bits=wanted.bits), context, calibration, self.say)
-        stats = {**ranges, **drifts}
-        trials = quantized_trials(level, wanted, stats)
-        assert piece.judge is not None
-        begun = time.monotonic()
-        end = max(deadline - share, begun + LATE * share)
-        meter = gauge(level, piece.judge, len(trials) + GREEDY, end - begun)
-        self._count(found, len(meter.samples), len(piece.judge), "")
-        run_trials(base, trials, meter, end, found)
-        prices = candidates(found.found)
-        end = max(deadline, time.monotonic() + LATE * share)
-        return greedy(level, stats, prices, meter, wanted.bits, end)
-
     def _proven(
         self, original: Model, piece: Workpiece, tried: Sequence[Kept], bits: int
     ) -> tuple[Kept | None, Kept | None]:
@@ -260,13 +208,6 @@ class Desk:
         assert piece.judge is not None
         plain, best = proven(original, piece, names, piece.judge)
         return plain, best if best is not None and best.sqnr > plain.sqnr else None
-
-    def _count(self, found: Sensitivities, used: int, there: int, what: str) -> None:
-        if used < there:
-            found.notes.append(
-                f"trials{what} were judged by {used} of the {there} samples, to be done in time: "
-                "more --seconds take more"
-            )
 
 
 def thirds(dataset: Dataset) -> tuple[Dataset, Dataset]:

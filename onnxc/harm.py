@@ -1,16 +1,14 @@
 """What the outputs of a model lose by a change, on samples that no statistic saw.
 
     noise = mean over outputs of Σ (y − ŷ)² / Σ y²,      SQNR = −10 log10 noise
-    loss  = E Φ(−m / σ),   m = y₁ − y₂ by sample,   σ² = E[((ŷ₁ − ŷ₂) − m)²]
+    loss  = share of decisions that an error of that size is expected to turn
 
-with y₁ and y₂ the two largest scores of the original. The loss is the share of decisions that an
-error of that size is expected to turn: unlike a count of turned ones it needs no more samples than
-it takes to know σ.
+The loss is told from scores (`onnxc.numerics.decisions`): unlike a count of turned decisions it
+needs few samples.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +20,7 @@ from calib.data import Dataset
 from onnxc.damage import Outputs, outputs
 from onnxc.fidelity import decibel
 from onnxc.graph import Model
+from onnxc.numerics import decisions
 from onnxc.workpiece import Workpiece
 
 Array = NDArray[Any]
@@ -83,7 +82,7 @@ def harm(reference: Outputs, made: Outputs) -> Harm:
         power = float((y**2).sum())
         noises.append(float(((y - z) ** 2).sum()) / power if power > 0 else 0.0)
         if loss is None and first.ndim >= 2 and y.shape[1] > 1:
-            loss = expected_loss(y, z)
+            loss = float(decisions.disagreement(decisions.logits(y), decisions.logits(z)).mean())
     return Harm(float(np.mean(noises)) if noises else 0.0, loss)
 
 
@@ -92,17 +91,3 @@ def _flat(x: Array) -> Array:
     while x.ndim > 2 and x.shape[-1] == 1:
         x = x[..., 0]
     return x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1).astype(np.float64)
-
-
-def expected_loss(y: Array, z: Array) -> float:
-    """E Φ(−m / σ) of scores (decisions, classes), the original's first."""
-    rows = np.arange(len(y))
-    second, first = np.argsort(y, axis=1)[:, -2:].T
-    m = y[rows, first] - y[rows, second]
-    error = z[rows, first] - z[rows, second] - m
-    sigma = float(np.sqrt(np.mean(error**2)))
-    if not math.isfinite(sigma):
-        return 1.0
-    if sigma <= 1e-12 * float(np.abs(m).max(initial=0.0)):
-        return 0.0
-    return float(np.mean([math.erfc(x / (sigma * math.sqrt(2))) / 2 for x in m]))

@@ -19,19 +19,90 @@ from dataclasses import replace
 
 from calib.data import Dataset
 from onnxc import search
-from onnxc.core import Context, Stats
-from onnxc.graph import Model, copy
-from onnxc.harm import Gauge, Harm
+from onnxc.core import Context, Pass, Stats
+from onnxc.graph import Model, copy, opset
+from onnxc.harm import Gauge, Harm, gauge
+from onnxc.pipeline import compress, gather
 from onnxc.report import Kept, Sensitivity
 from onnxc.selectors import Selector
-from onnxc.sensitivity import quantizing
+from onnxc.sensitivity import (
+    All,
+    Centre,
+    Sensitivities,
+    Wanted,
+    quantized_trials,
+    quantizing,
+    run_trials,
+)
+from onnxc.shapes import infer
 from onnxc.workpiece import Workpiece
+from passes.absorb_offsets import AbsorbOffsets
+from passes.correct_bias import CorrectBias
+from passes.equalize import Equalize
+from passes.quantize import Quantize
 
 MOST = 5  # layers that are left float
+LATE = 0.2  # share of the time for trials that they get in any case, once they begin
+GREEDY = 40  # runs to choose the layers that are left float, about
 TRIED = 8  # layers that are looked at
 BASE = 0.05  # of a price: what is next to nothing is as good as nothing
 SHARE = 0.7  # of the decibels that the longest list brings back
 LEAST = 0.5  # dB below which a layer brings nothing back
+
+
+def float_layers(
+    piece: Workpiece,
+    wanted: Wanted,
+    found: Sensitivities,
+    share: float,
+    deadline: float,
+) -> tuple[Kept, ...]:
+    """Each layer alone in integers, then all but some; on the model as equalized for it."""
+    base = copy(piece.model)
+    start = (Equalize(), AbsorbOffsets())
+    compress(base, start, piece.context, piece.calibration, piece.feed, piece.say)
+    infer(base, piece.feed)
+    calibration = replace(piece.calibration, memo={}, notes=[])
+    context = replace(piece.context, opset=opset(base.graph))
+    level = replace(
+        piece,
+        model=base,
+        context=context,
+        calibration=calibration,
+        runtime=replace(piece.runtime, rounds=False),
+    )
+    trials = quantized_trials(level, wanted, {})
+    if not trials:
+        return ()
+    names = tuple(dict.fromkeys(trial.node for trial in trials))
+    ways = [Quantize(leave=tuple(n for n in names if n != name)) for name in names]
+    wanting: tuple[Pass, ...] = (Quantize(), Centre(wanted.bits), *ways)
+    every = All(tuple((way, context) for way in wanting))
+    ranges = gather(base, every, context, calibration, piece.say)
+    drifts = gather(base, CorrectBias(bits=wanted.bits), context, calibration, piece.say)
+    stats = {**ranges, **drifts}
+    trials = quantized_trials(level, wanted, stats)
+    assert piece.judge is not None
+    begun = time.monotonic()
+    end = max(deadline - share, begun + LATE * share)
+    meter = gauge(level, piece.judge, len(trials) + GREEDY, end - begun)
+    found.count(len(meter.samples), len(piece.judge))
+    run_trials(base, trials, meter, end, found)
+    prices = candidates(found.found)
+    end = max(deadline, time.monotonic() + LATE * share)
+    return greedy(level, stats, prices, meter, wanted.bits, end)
+
+
+def nodes_to_keep(piece: Workpiece, most: int) -> tuple[str, ...]:
+    """At most so many nodes that a quantized model should leave float; what is seen is kept."""
+
+    def tried() -> tuple[Kept, ...]:
+        wanted = Wanted(what=("both",), passes=("quantize",))
+        deadline = time.monotonic() + piece.patience
+        return float_layers(piece, wanted, Sensitivities(), 0.3 * piece.patience, deadline)
+
+    found = piece.once("float layers", tried)
+    return max((kept.nodes for kept in found if len(kept.nodes) <= most), key=len, default=())
 
 
 def candidates(found: Sequence[Sensitivity]) -> dict[str, float]:

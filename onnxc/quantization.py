@@ -10,6 +10,7 @@ from onnxc import few_bits, search
 from onnxc.core import Pass
 from onnxc.errors import OptionError
 from onnxc.few_bits import Activations, Wanted
+from onnxc.keeping import nodes_to_keep
 from onnxc.workpiece import Workpiece
 from passes.absorb_offsets import AbsorbOffsets
 from passes.equalize import Equalize
@@ -56,6 +57,8 @@ class QuantizeSettings:
     activations: bits of the activations, or float, to store weights in few bits and compute in
         float; auto: 8, and float for fewer than 8 bits of weights where nothing convolves, and for
         levels.
+    keep_float: how many layers stay float at most: those by which the outputs lose most, as
+        measured; of 8 bits rounded to the nearest.
     keep_ends: whether first and last layers keep 8 bits where the others get fewer.
     ranges: how activation ranges are chosen from the statistics.
     split_outliers: share of the channels, such as 0.05, that may be added to split those of the
@@ -73,6 +76,7 @@ class QuantizeSettings:
     activations: Literal["auto", 8, 16, "float"] = "auto"
     keep_ends: bool = True
     ranges: Literal["auto"] | Ranges = "auto"
+    keep_float: int = 0
     split_outliers: float | None = None
     activation_levels: Literal[2, 3, 4, 5, 6] | None = None
 
@@ -121,6 +125,8 @@ def check_settings(settings: QuantizeSettings) -> None:
     if average is not None and not 2 <= average <= 8:
         known = "2, 3, 4, 5, 6, 8 or 16, or an average of 2 to 8"
         raise OptionError(f"the bits of weights are {known}, not {average:g}")
+    if settings.keep_float:
+        _check_kept(settings)
     if settings.split_outliers is not None:
         _check_split(settings, settings.split_outliers)
     if settings.activation_levels is not None:
@@ -171,6 +177,16 @@ def _check_tables(settings: QuantizeSettings) -> None:
         )
 
 
+def _check_kept(settings: QuantizeSettings) -> None:
+    plain = replace(QuantizeSettings(), ranges=settings.ranges, format=settings.format)
+    if settings.keep_float < 0 or settings.format not in IN_INTEGERS:
+        raise OptionError("--keep-float is a number of layers, for --format qdq")
+    if replace(settings, keep_float=0, bits=plain.bits) != plain or settings.width != 8:
+        raise OptionError(
+            "--keep-float is for 8 bits rounded to the nearest: leave it, or the others, out"
+        )
+
+
 def _check_fixed(settings: QuantizeSettings) -> None:
     if settings.format not in IN_INTEGERS:
         raise OptionError(
@@ -204,6 +220,8 @@ def _check_levels(settings: QuantizeSettings) -> None:
 def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     """The candidates that fit the settings, by name. Raises OptionError."""
     share, levels = settings.split_outliers, settings.activation_levels
+    if settings.keep_float:
+        return _kept(settings, piece)
     if share is None and levels is None:
         return _ways(settings, piece)
     if not piece.has_data:
@@ -221,6 +239,20 @@ def ways(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pas
         tables = QuantizeActivations(levels, settings.keep_ends)
         found = {f"{n}, {2**levels} levels": _tabled(p, tables) for n, p in found.items()}
     return found
+
+
+def _kept(settings: QuantizeSettings, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
+    """The static ways with some layers left float. Raises OptionError without data."""
+    if not piece.is_measured:
+        raise OptionError("--keep-float measures what the outputs lose: give --data")
+    nodes = nodes_to_keep(piece, settings.keep_float)
+    found = search.candidates(piece.model, piece.context, "qdq", _ranges(settings))
+    return {
+        f"{name}, {len(nodes)} float": tuple(
+            replace(p, sensitive=nodes) if isinstance(p, Quantize) else p for p in passes
+        )
+        for name, passes in found.items()
+    }
 
 
 def _static(settings: QuantizeSettings) -> QuantizeSettings:

@@ -96,6 +96,14 @@ class Sensitivities:
     skips: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def count(self, used: int, there: int, what: str = "") -> None:
+        """Take note of how many samples judged trials."""
+        if used < there:
+            self.notes.append(
+                f"trials{what} were judged by {used} of the {there} samples, to be done in time: "
+                "more --seconds take more"
+            )
+
     @property
     def ranked(self) -> tuple[Sensitivity, ...]:
         """The highest cost first."""

@@ -42,6 +42,7 @@ class Quantize:
     activations. spread: whether cheap operators between heavy ones compute in integers too.
     power_of_two: scales are powers of two. ops: only heavy nodes of these operators; empty for all.
     leave: heavy nodes to leave float, whose Q/DQ pairs cost more than their kernels gain.
+    sensitive: others to leave float, for the outputs lose too much by them.
     per_tensor: one scale for all of a weight, so that a weight of few values keeps them few.
     weights: whether weights are quantized, too; if not, `quantize-constants` may do it later.
     """
@@ -58,6 +59,7 @@ class Quantize:
     leave: tuple[str, ...] = ()
     per_tensor: bool = False
     weights: bool = True
+    sensitive: tuple[str, ...] = ()
 
     def wants(self, graph: gs.Graph, context: Context) -> Iterable[Key]:
         placement = self._placement(graph, context)
@@ -67,11 +69,12 @@ class Quantize:
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         skips: list[Change | Skip] = list(refused_nodes(graph, context, self.ops))
         skips += [Skip(name, "its Q/DQ cost more than its kernel gains") for name in self.leave]
+        skips += [Skip(name, "the outputs lose most by it") for name in self.sensitive]
         placement = self._placement(graph, context)
         if max(self.bits, self.activation_bits) > 8 and context.opset < WIDE_OPSET:
             reason = f"16 bits need opset {WIDE_OPSET}, and the model has {context.opset}"
             return [*skips, *(Skip(n.name, reason) for n in placement.integer)]
-        left = self.leave
+        left = (*self.leave, *self.sensitive)
         while unknown := _unmeasured(placement, context):
             nodes = [node.name for node in placement.touching(unknown)]
             reason = f"the range of {min(unknown)} is not known: it has no finite statistics"
@@ -83,7 +86,8 @@ class Quantize:
         return [*_Writer(graph, context, self, placement).write(), *skips]
 
     def _placement(self, graph: gs.Graph, context: Context) -> Placement:
-        return place(graph, context, self.spread, self.ops, self.leave)
+        left = (*self.leave, *self.sensitive)
+        return place(graph, context, self.spread, self.ops, left)
 
 
 def _unmeasured(placement: Placement, context: Context) -> set[str]:

@@ -10,15 +10,13 @@ import numpy as np
 import onnx
 import pytest
 from calls import call, report_of
-from hypothesis import given
-from hypothesis import strategies as st
 from quantizing import apply
 from test_blame import CHAIN, FEED, HEAVY, chain, scaled
 from texts import bind, normal
 
 import onnxc
 from onnxc.graph import save
-from onnxc.harm import expected_loss, harm
+from onnxc.harm import harm
 from onnxc.keeping import candidates, worth
 from onnxc.report import Kept, Sensitivity
 from passes.quantize import Quantize
@@ -147,16 +145,6 @@ def test_the_facade(box: Path) -> None:
     assert {x.what for x in found.layers} == {"both"}
     with pytest.raises(onnxc.OptionError, match="bits"):
         onnxc.analyze("m.onnx", data="data.npz", bits=1)
-
-
-@given(st.integers(0, 20), st.floats(0.05, 1.0))
-def test_the_expected_loss_is_what_noise_turns(seed: int, sigma: float) -> None:
-    rng = np.random.default_rng(seed)
-    y = rng.standard_normal((4000, 2))
-    z = y + sigma * rng.standard_normal(y.shape) / np.sqrt(2)
-    turned = float(np.mean(y.argmax(1) != z.argmax(1)))
-    assert expected_loss(y, z) == pytest.approx(turned, abs=0.02)
-    assert expected_loss(y, y) == 0.0
 
 
 def test_harm_is_the_mean_over_outputs() -> None:

@@ -51,6 +51,14 @@ def test_disagreement_is_the_share_that_changes() -> None:
     assert d.disagreement(z, z + e).mean() == pytest.approx(d.changed(z, z + e).mean(), abs=0.01)
 
 
+@given(st.integers(0, 20), st.floats(0.05, 1.0))
+def test_two_classes_are_enough(seed: int, sigma: float) -> None:
+    rng = np.random.default_rng(seed)
+    y = rng.standard_normal((4000, 2))
+    z = y + sigma * rng.standard_normal(y.shape)
+    assert d.disagreement(y, z).mean() == pytest.approx(d.changed(y, z).mean(), abs=0.025)
+
+
 def test_equal_scores_lose_nothing() -> None:
     z, _, _ = _scores(50, 10, 3)
     for rule in (d.expected_drop, d.counted_drop, d.disagreement, d.changed):

@@ -332,3 +332,12 @@ def test_a_target_that_this_processor_cannot_judge_is_told(
     arguments = ("quantize", CNN, "--target", "x86-vnni", "--format", "weight-only")
     found = report_of(capsys, *arguments, "--level", level, "-o", "o.onnx")
     assert any("int8 sums saturate" in note for note in found["notes"]) is is_told
+
+
+def test_layers_that_hurt_stay_float(capsys: Any) -> None:
+    report = report_of(capsys, *ARGUMENTS, "--keep-float", 2, "-o", "o.onnx")
+    left = [k["node"] for k in report["coverage"]["kernels"] if not k["integer"]]
+    (quantize,) = [p for p in loads(report["recipe"]).passes if p.name == "quantize"]
+    assert isinstance(quantize, Quantize) and 1 <= len(quantize.sensitive) <= 2
+    assert set(quantize.sensitive) <= set(left)
+    assert call(*ARGUMENTS, "--keep-float", 2, "--bits", 4, "-o", "o.onnx") == 2

@@ -33,6 +33,7 @@ SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35
 BITS = (8.0, 6.0, 5.5, 5.0, 4.75, 4.5, 4.25, 4.0, 3.75, 3.5, 3.25, 3.0, 2.75, 2.5)
 LOSSES = (0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.5)
 FASTER = {"latency": True, "params": False, "macs": False}  # whether factors must be, here
+FLOAT = (5, 3, 2, 1)  # layers that stay float
 CODES = (6, 5, 4, 3, 2)
 JOINT = " + "  # between the names of moves
 
@@ -76,8 +77,9 @@ def ladders(objective: Objective, output: Path) -> tuple[Ladder, ...]:
 
 
 def _integers() -> Ladder:
-    exact = QuantizeSettings(rounding="descent")
-    return Ladder("code", tuple(Move(QUANTIZE, s) for s in (exact, QuantizeSettings())), first=1)
+    kept = (QuantizeSettings(keep_float=count) for count in FLOAT)
+    rows = (*kept, QuantizeSettings(rounding="descent"), QuantizeSettings())
+    return Ladder("code", tuple(Move(QUANTIZE, row) for row in rows), first=len(rows) - 1)
 
 
 def _averages() -> Ladder:
