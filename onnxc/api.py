@@ -21,11 +21,11 @@ from onnxc.anatomy import Anatomy, anatomy
 from onnxc.anytime.searched import searched
 from onnxc.anytime.settings import CompressSettings
 from onnxc.bench import Latency, speedup, time_interleaved
-from onnxc.blame import examine_files
+from onnxc.blame import examine, examine_files
 from onnxc.calibration import calibrate, merge_statistics
 from onnxc.check import Comparison, compare, coverage
 from onnxc.compression import Attempt, Compressed, attempt, compress_model
-from onnxc.cost import file_bytes, inspect
+from onnxc.cost import file_bytes, inspect, quantized_as
 from onnxc.errors import ModelError, OptionError
 from onnxc.fixed_graph import run_in_integers
 from onnxc.graph import load, save
@@ -164,6 +164,7 @@ def compress(
         found = searched(job, settings, bound, max_time, resume)
     missed = found.missed or _missed_on_verdict(found.result.comparison, settings, bound)
     report = _report(job, found.result, missed, True)
+    report = _blamed(report, job, found.result, wanted)
     notes = (*found.notes, *report.notes)
     report = replace(report, points=found.points, notes=notes)
     return replace(report, memory_peak=peak_memory(), seconds=time.perf_counter() - start)
@@ -202,8 +203,16 @@ def write(task: Task, request: Request) -> Report:
     if is_written:
         say("writing")
         store(found.model, job.output)
-    report = _report(job, found, missed, is_written)
+    report = _blamed(_report(job, found, missed, is_written), job, found, request)
     return replace(report, memory_peak=peak_memory(), seconds=time.perf_counter() - start)
+
+
+def _blamed(report: Report, job: Job, found: Compressed, request: Request) -> Report:
+    """With the error of each layer of a quantized result, where that is asked for."""
+    if not request.blame or quantized_as(found.model.graph) is None:
+        return report
+    seen = examine(load(job.path), found.model, job.samples.judge, job.runtime, progress=job.say)
+    return replace(report, blame=seen.blames, notes=(*report.notes, *seen.notes))
 
 
 def preview(model: ModelPath, task: Task = QUANTIZE, **request: Any) -> Preview:

@@ -294,6 +294,7 @@ def _request(task: Task, context: click.Context, settings: dict[str, Any]) -> di
         "recipe": replayed,
         "settings": options.build(context, task.settings),
         "runtime": options.runtime_of(context),
+        "blame": settings["html"] is not None,
         "preprocess": options.preprocess_of(context),
         **_some(settings, "data", "val", "output", "max_memory"),
         "stats": settings.get("stats"),

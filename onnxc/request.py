@@ -63,7 +63,8 @@ class Request:
     recipe: what to do; where it names no passes, `settings` choose them; None: the defaults of the
     task. runtime: how models are run and timed.
     max_drop: points of top-1 (without labels: of disagreement) that may be lost; with `strict` a
-    result that loses more is not written. progress: told what is being done. client: of a Dask
+    result that loses more is not written. blame: whether the report tells the error of each layer,
+    which takes some seconds. progress: told what is being done. client: of a Dask
     cluster, whose workers then gather the statistics and compare the candidates; they are timed
     here. override: what goes before the keys of the recipe: target, seed, include, exclude,
     samples, max_memory, preprocess.
@@ -79,6 +80,7 @@ class Request:
     runtime: Runtime = Runtime()
     max_drop: float | None = None
     strict: bool = False
+    blame: bool = False
     progress: Progress | None = None
     client: Client | None = None
     override: Mapping[str, Any] = field(default_factory=dict)
