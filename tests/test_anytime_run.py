@@ -146,7 +146,7 @@ def test_plans_ahead_are_those_that_come(source: Path) -> None:
     asked = list(whole.journal.found)
     assert name_of(ahead[0]) == asked[0]
     assert {name_of(plan) for plan in ahead[:4]} <= {*asked, *map(name_of, ahead)}
-    assert sum(name_of(plan) in asked for plan in ahead) >= 3
+    assert sum(name_of(plan) in asked for plan in ahead) >= 2
 
 
 def test_journal_keeps_all_that_is_known(tmp_path: Path) -> None:

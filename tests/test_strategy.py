@@ -100,15 +100,17 @@ def test_looks_at_few_plans() -> None:
 
 
 def test_the_cheapest_gain_is_taken_first() -> None:
-    ladders = _ladders((4, 4, 4))
-    _, plans = _run(ladders, _world((0.1, 0.1, 0.1), (0.5, 0.01, 0.2)), Rule(1.0, 0.0))
-    assert plans[3].startswith("prune --macs 0.6")  # the second ladder, whose drop is least
+    ladders = _ladders((1, 4, 4))
+    _, plans = _run(ladders, _world((0.1, 0.1, 0.1), (0.5, 0.2, 0.01)), Rule(1.0, 0.0))
+    assert plans[0] == "prune --macs 0.5"  # the first ladder, whatever it costs
+    assert [plan.count("prune") for plan in plans[:4]] == [1, 1, 1, 2]
+    assert "--macs 0.7" in plans[3]  # the third one, whose drop is least
 
 
 def test_nothing_is_taken_that_gains_nothing() -> None:
     ladders = _ladders((4, 4, 4))
     best, plans = _run(ladders, _world((-0.1, -0.1, -0.1), (0.0, 0.0, 0.0)), Rule(1.0, 0.0))
-    assert best is ORIGINAL and len(plans) == 3
+    assert best is ORIGINAL and len(plans) <= 5
 
 
 def test_at_equal_cost_the_drop_decides() -> None:

@@ -1,8 +1,9 @@
 """Which plan to look at next: a function of what was found so far, and of nothing else.
 
-    1  one move of each ladder alone: what it gains for what it costs orders the ladders
-    2  on each ladder, the harshest move that keeps the bound, the others staying: by bisection
-    3  exchange: a step further on one ladder for a step back on another, and a step back where that
+    1  on the first ladder, which mostly gains most, the harshest move that keeps the bound: bisection
+    2  one move of each other ladder alone: what it gains for what it costs orders them
+    3  on each of these, the harshest move that keeps the bound, those chosen before staying
+    4  exchange: a step further on one ladder for a step back on another, and a step back where that
        costs nothing, until nothing gets better
 
 It is a generator: it asks for a plan and is sent the best candidate of it.
@@ -138,16 +139,17 @@ def _counts(index: int) -> list[int]:
 
 def search(ladders: Sequence[Ladder], rule: Rule, original: Found) -> Search:
     """Ask for one plan after the other. original: what is the best at first."""
-    state = Descent(rule, original)
+    state, first = Descent(rule, original), ladders[0]
+    yield from state.harshest(first)
     worth: list[tuple[float, int]] = []
-    for number, ladder in enumerate(ladders):
-        found = yield state.plan(ladder, ladder.first)
+    for number, ladder in enumerate(ladders[1:]):
+        found = yield (ladder.moves[ladder.first],)
         gain = -1.0 if found.failure else 1 - found.cost
         worth.append((-gain / max(found.estimate.drop, LEAST_DROP), number))
-    order = [ladders[number] for value, number in sorted(worth) if value < 0]
+    order = [ladders[1 + number] for value, number in sorted(worth) if value < 0]
     for ladder in order:
         yield from state.harshest(ladder)
-    yield from state.exchanged(order)
+    yield from state.exchanged((first, *order))
 
 
 def moves_of(ladders: Sequence[Ladder]) -> dict[str, Move]:
