@@ -20,7 +20,7 @@ from calib.data import Dataset
 from onnxc.damage import Outputs, outputs
 from onnxc.fidelity import decibel
 from onnxc.graph import Model
-from onnxc.numerics import decisions
+from onnxc.numerics.decisions import Contest, logits
 from onnxc.workpiece import Workpiece
 
 Array = NDArray[Any]
@@ -82,7 +82,7 @@ def harm(reference: Outputs, made: Outputs) -> Harm:
         power = float((y**2).sum())
         noises.append(float(((y - z) ** 2).sum()) / power if power > 0 else 0.0)
         if loss is None and first.ndim >= 2 and y.shape[1] > 1:
-            loss = float(decisions.disagreement(decisions.logits(y), decisions.logits(z)).mean())
+            loss = float(Contest.of(logits(y), logits(z)).disagreement.mean())
     return Harm(float(np.mean(noises)) if noises else 0.0, loss)
 
 

@@ -29,7 +29,7 @@ from calib.data import Dataset
 from calib.inputs import sample_axes
 from onnxc.errors import DataError, OptionError
 from onnxc.fidelity import class_scores, has_classes, next_tokens, surprise
-from onnxc.numerics import decisions
+from onnxc.numerics.decisions import Contest, logits, temperature
 from onnxc.pairs import Pairing, Subject
 from onnxc.runtime import Runtime
 
@@ -89,8 +89,7 @@ class Tally(Protocol):
 class Drops:
     """A tally of metrics that are a mean over samples.
 
-    drop_of: (n,) points of a batch; or (2, n), in expectation and counted: the second is used
-    where it is larger beyond doubt. link: from the mean to the drop.
+    drop_of: (n,) points of a batch. link: from the mean to the drop.
     """
 
     drop_of: Callable[[Outputs, Outputs, Array | None, Outputs], Array]
@@ -98,15 +97,42 @@ class Drops:
     parts: list[Array] = field(default_factory=list)
 
     def update(self, ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> None:
-        self.parts.append(np.atleast_2d(self.drop_of(ref, out, labels, feed)))
+        self.parts.append(self.drop_of(ref, out, labels, feed))
 
     @property
     def estimate(self) -> Estimate:
-        found, *others = map(Estimate.of, np.concatenate(self.parts, axis=1))
-        for counted in others:
-            found = counted if counted.least > found.high else found
+        found = Estimate.of(np.concatenate(self.parts))
         drop, low, high = map(self.link, (found.drop, found.low, found.high))
         return Estimate(drop, low, high, found.samples)
+
+
+@dataclass
+class Decided:
+    """A tally of top1 and agreement: in expectation, or counted where that is beyond doubt more.
+
+    A sample's drop is the mean over its positions.
+    """
+
+    metric: Metric
+    parts: list[Contest] = field(default_factory=list)
+    samples: int = 0
+
+    def update(self, ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> None:
+        is_one = labels is not None and labels.ndim == 1
+        both = [class_scores(side[self.metric.output], is_one) for side in (ref, out)]
+        z, disturbed = (logits(x.reshape(-1, x.shape[-1])) for x in both)
+        self.parts.append(Contest.of(z, disturbed, self.metric.T))
+        self.samples += len(both[0])
+
+    @property
+    def estimate(self) -> Estimate:
+        seen, is_top1 = Contest.joined(self.parts), self.metric.name == "top1"
+        told = seen.expected_drop if is_top1 else seen.disagreement
+        counted = seen.lost if is_top1 else seen.changed
+        found, other = (
+            Estimate.of(100 * x.reshape(self.samples, -1).mean(axis=1)) for x in (told, counted)
+        )
+        return other if other.least > found.high else found
 
 
 @dataclass
@@ -164,18 +190,7 @@ class Metric:
             return Drops(_noise)
         if self.name == "perplexity":
             return Drops(self._surprise, _growth)
-        return Drops(self._decisions)
-
-    def _decisions(self, ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> Array:
-        """In expectation and, of top-1, counted: the mean over the positions of each sample."""
-        is_one = labels is not None and labels.ndim == 1
-        z, q = (class_scores(side[self.output], is_one) for side in (ref, out))
-        rows = [decisions.logits(x.reshape(-1, x.shape[-1])) for x in (z, q)]
-        if self.name == "agreement":
-            drops = np.stack([decisions.disagreement(*rows), decisions.changed(*rows)])
-        else:
-            drops = np.stack([f(rows[0], rows[1], self.T) for f in TOP1])
-        return np.asarray(100 * drops.reshape(2, len(z), -1).mean(axis=2))
+        return Decided(self)
 
     def _surprise(self, ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> Array:
         """What the logarithm of the perplexity grows by, in hundredths."""
@@ -185,9 +200,6 @@ class Metric:
         scores = (class_scores(side[self.output])[:, : tokens.shape[1]] for side in (ref, out))
         both = [surprise(z, tokens).mean(axis=1) for z in scores]
         return np.asarray(100 * (both[1] - both[0]))
-
-
-TOP1 = (decisions.expected_drop, decisions.counted_drop)
 
 
 def estimated(
@@ -242,7 +254,7 @@ def _chosen(name: str | None, original: Subject, samples: Dataset, runtime: Runt
         return Metric(chosen, output)
     if labels is None:
         raise OptionError("--metric top1 needs labels in the data: add them, or take agreement")
-    return Metric(chosen, output, decisions.temperature(decisions.logits(z), labels))
+    return Metric(chosen, output, temperature(logits(z), labels))
 
 
 def _scores(

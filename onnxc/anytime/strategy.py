@@ -1,6 +1,6 @@
 """Which plan to look at next: a function of what was found so far, and of nothing else.
 
-    1  on the first ladder, which mostly gains most, the harshest move that keeps the bound: bisection
+    1  on the first ladder, which mostly gains most, the harshest move that keeps the bound
     2  one move of each other ladder alone: what it gains for what it costs orders them
     3  on each of these, the harshest move that keeps the bound, those chosen before staying
     4  exchange: a step further on one ladder for a step back on another, and a step back where that

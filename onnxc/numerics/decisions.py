@@ -1,8 +1,8 @@
 """What a disturbance of its scores costs a classifier, told by few samples.
 
 Counting lost decisions needs thousands of samples: with 500, a share has an error of 1.5 points.
-But z, the scores of the original, and e = ẑ − z, the disturbance, say more than which one is the
-largest. With σ² = Var_c e, the spread of a sample's disturbance over its classes, and ε ~ N(0, 1),
+But z, the scores of the original, and ẑ, the disturbed ones, say more than which one is the
+largest. With ε ~ N(0, 1) and σ, the size of a sample's disturbance,
 
     w_c = P(c wins) = P(z_c + σ ε_c > z_b + σ ε_b for all b ≠ c)
         = ∫ φ(u) Π_{b≠c} Φ((z_c − z_b)/σ + u) du                  (Gauss-Hermite)
@@ -12,14 +12,21 @@ largest. With σ² = Var_c e, the spread of a sample's disturbance over its clas
 
 p stands for the label that is not looked at: near a tie, both classes are about as likely to be
 right, so little is lost, whoever wins. With T such that p is calibrated (Guo 2017, temperature
-scaling), this is the expectation of the counted drop, at a hundredth of its variance. Where the
-disturbance is gross, decisions change by more than chance and it says too little; then counting
-them is enough (`counted_drop`, `changed`).
+scaling), this is the expectation of the counted drop, at a hundredth of its variance.
+
+σ of a sample is the spread of ẑ − z over its classes, s, times γ, which all samples share: the best
+two classes may be disturbed more than others, and margins m = z₁ − z₂ as a whole may shrink,
+
+    m̂ = (1 + β) m + √2 s r,      γ = √(E r²) / (1 + β),
+
+β by least squares with weights 1 / s².
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,22 +37,18 @@ Array = NDArray[Any]
 
 RIVALS = 12  # classes with the highest scores that may win
 NODES = 21  # of the quadrature
-PRIOR = 3  # classes
 ROWS = 4096  # samples at once
+PRIOR = 3  # classes that the mean of σ² over samples counts for, beside those of a sample
+SAME = 8  # samples that γ = 1 counts for
+LEAST = 0.05  # of 1 + β: margins that vanish
 TEMPERATURES = np.geomspace(0.25, 4.0, 65)
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
-def win_chances(z: Array, sigma: Array) -> tuple[NDArray[np.intp], Floats]:
-    """The classes that may win, (N, K), best first, and the chance of each, (N, K).
-
-    z: (N, C) scores. sigma: (N,) standard deviations of their disturbance.
-    """
-    N, C = z.shape
-    K = min(RIVALS, C)
-    top = np.argsort(-z, axis=1, kind="stable")[:, :K]
-    best = np.take_along_axis(z, top, axis=1).astype(np.float64)
+def win_chances(z: Array, sigma: Array) -> Floats:
+    """The chance of each class to win, (N, K), of scores (N, K) with disturbances of σ, (N,)."""
+    N, K = z.shape
     u, weight = np.polynomial.hermite_e.hermegauss(NODES)
     weight = weight / weight.sum()
     w = np.empty((N, K))
@@ -53,43 +56,73 @@ def win_chances(z: Array, sigma: Array) -> tuple[NDArray[np.intp], Floats]:
         rows = slice(start, start + ROWS)
         s = np.maximum(sigma[rows], 1e-12)[:, None]
         for c in range(K):
-            ahead = (best[rows, c : c + 1] - np.delete(best[rows], c, axis=1)) / s
-            won = _below(ahead[:, None, :] + u[None, :, None])
-            w[rows, c] = won.prod(axis=2) @ weight
-    return top, w
+            ahead = (z[rows, c : c + 1] - np.delete(z[rows], c, axis=1)) / s
+            w[rows, c] = _below(ahead[:, None, :] + u[None, :, None]).prod(axis=2) @ weight
+    return w
 
 
-def spreads(z: Array, out: Array) -> Floats:
-    """σ of each sample: (N,), of scores (N, C) that became `out`.
+def _best(z: Array) -> NDArray[np.intp]:
+    """The best classes of each sample, (N, K), best first."""
+    return np.argsort(-z, axis=1, kind="stable")[:, : min(RIVALS, z.shape[1])]
 
-    Few classes tell it badly, so σ² is drawn to its mean over samples, which counts as PRIOR more.
+
+@dataclass(frozen=True)
+class Contest:
+    """Samples with their best K classes. z, moved, p: (N, K), of the original, disturbed, shares.
+
+    variance: (N,), of the disturbance over all classes, of which there are `classes`. lost: (N,), p
+    of the class that was best less that of the class that is. changed: (N,), whether it is another.
     """
-    own, C = (out.astype(np.float64) - z).var(axis=1, ddof=1), z.shape[1]
-    return np.asarray(np.sqrt(((C - 1) * own + PRIOR * own.mean()) / (C - 1 + PRIOR)))
 
+    z: Floats
+    moved: Floats
+    p: Floats
+    variance: Floats
+    lost: Floats
+    changed: Floats
+    classes: int
 
-def disagreement(z: Array, out: Array) -> Floats:
-    """Chance that each sample gets another class: (N,)."""
-    _, w = win_chances(z, spreads(z, out))
-    return np.asarray(1 - w[:, 0])
+    @classmethod
+    def of(cls, z: Array, out: Array, T: float = 1.0) -> Contest:
+        """Of logits (N, C)."""
+        rows, top = np.arange(len(z)), _best(z)
+        before, p = top[:, 0], softmax(z, T)
+        after = out.argmax(axis=1)
+        best, moved, shares = (np.take_along_axis(x, top, axis=1) for x in (z, out, p))
+        variance = (out.astype(np.float64) - z).var(axis=1, ddof=1)
+        lost, changed = p[rows, before] - p[rows, after], (before != after).astype(np.float64)
+        return cls(best, moved, shares, variance, lost, changed, z.shape[1])
 
+    @classmethod
+    def joined(cls, parts: Sequence[Contest]) -> Contest:
+        """All samples of several."""
+        own = ("z", "moved", "p", "variance", "lost", "changed")
+        arrays = {name: np.concatenate([getattr(x, name) for x in parts]) for name in own}
+        return cls(**arrays, classes=parts[0].classes)
 
-def expected_drop(z: Array, out: Array, T: float = 1.0) -> Floats:
-    """What each sample takes from top-1, in expectation: (N,), shares."""
-    top, w = win_chances(z, spreads(z, out))
-    p = np.take_along_axis(softmax(z, T), top, axis=1)
-    return np.asarray(p[:, 0] - (p * w).sum(axis=1))
+    @property
+    def sigma(self) -> Floats:
+        """σ of each sample, (N,)."""
+        C, own = self.classes, self.variance
+        s = np.sqrt(((C - 1) * own + PRIOR * own.mean()) / (C - 1 + PRIOR))
+        return np.asarray(s * self._gamma(np.maximum(s, 1e-12)))
 
+    def _gamma(self, s: Floats) -> float:
+        m, d = (x[:, 0] - x[:, 1] for x in (self.z, self.moved - self.z))
+        beta = float((m * d / s**2).sum() / max((m**2 / s**2).sum(), 1e-300))
+        r = (d - beta * m) / (math.sqrt(2) * s)
+        return math.sqrt((float(r @ r) + SAME) / (len(r) + SAME)) / max(1 + beta, LEAST)
 
-def counted_drop(z: Array, out: Array, T: float = 1.0) -> Floats:
-    """The same by the class that did win: (N,). It has more variance, and no model of the error."""
-    p, rows = softmax(z, T), np.arange(len(z))
-    return np.asarray(p[rows, z.argmax(axis=1)] - p[rows, out.argmax(axis=1)])
+    @property
+    def disagreement(self) -> Floats:
+        """Chance that each sample gets another class: (N,)."""
+        return np.asarray(1 - win_chances(self.z, self.sigma)[:, 0])
 
-
-def changed(z: Array, out: Array) -> Floats:
-    """Whether each sample got another class: (N,), 0 or 1."""
-    return np.asarray(z.argmax(axis=1) != out.argmax(axis=1), np.float64)
+    @property
+    def expected_drop(self) -> Floats:
+        """What each sample takes from top-1, in expectation: (N,), shares."""
+        w = win_chances(self.z, self.sigma)
+        return np.asarray(self.p[:, 0] - (self.p * w).sum(axis=1))
 
 
 def softmax(z: Array, T: float = 1.0) -> Floats:
