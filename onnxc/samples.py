@@ -77,7 +77,11 @@ def choose_samples(
         return _without_data(specs, validation, known, count or MADE_UP, seed, left_out)
     samples = open_source(data, count)
     if known is None:
-        return _searched(samples, validation) if is_search else Samples(*split(samples), validation)
+        return (
+            _searched(samples, validation, seed)
+            if is_search
+            else Samples(*split(samples), validation)
+        )
     return _beside(samples, validation, known, left_out)
 
 
@@ -98,8 +102,8 @@ def split(dataset: Dataset, fresh: Sequence[int] | None = None) -> tuple[Dataset
     return dataset.subset(kept), dataset.subset(held)
 
 
-def _searched(samples: Dataset, validation: Dataset | None) -> Samples:
-    """For a search. Raises DataError where there are not enough to judge what it finds."""
+def _searched(samples: Dataset, validation: Dataset | None, seed: int) -> Samples:
+    """For a search, in random order, as it often looks at the first ones only. Raises DataError where there are not enough to judge what it finds."""
     count = len(samples)
     if count < 3 and validation is None:
         raise DataError(
@@ -108,10 +112,14 @@ def _searched(samples: Dataset, validation: Dataset | None) -> Samples:
     step = 3 if validation is not None else 2
     kept = [i for i in range(count) if i % step != step - 1] if count > 1 else [0]
     kept = kept[:: -(-len(kept) // MOST_KEPT)]
-    rest = [i for i in range(count) if i not in set(kept)] or kept
+    others = [i for i in range(count) if i not in set(kept)] or kept
+    rest = np.random.default_rng(seed).permutation(others)
     if validation is not None:
         return Samples(samples.subset(kept), samples.subset(rest), validation)
-    chooses, judges = samples.subset(rest[::2]), samples.subset(rest[1::2] or rest)
+    chooses, judges = (
+        samples.subset(rest[::2]),
+        samples.subset(rest[1::2] if len(rest) > 1 else rest),
+    )
     return Samples(samples.subset(kept), chooses, judges, judges=OTHERS)
 
 

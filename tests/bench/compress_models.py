@@ -43,9 +43,9 @@ HEADINGS = (
     *("agreement", "size", "file", "speed"),
 )
 NOTE = (
-    "`--max-drop 1.0`: one point of top-1. The expected drop is that of the samples that chose, up to "
-    "the upper bound of its interval, which the search keeps below 1; result and agreement are of "
-    "validation data that it never saw. Speed is of the float model's latency on one thread."
+    "`--max-drop 1.0`: one point of top-1. The expected drop is that of the samples that chose, up "
+    "to the upper bound of its interval, which the search keeps below 1; result and agreement are "
+    "of validation data that it never saw. Speed is of the float model's latency on one thread."
 )
 
 
