@@ -103,7 +103,10 @@ def split(dataset: Dataset, fresh: Sequence[int] | None = None) -> tuple[Dataset
 
 
 def _searched(samples: Dataset, validation: Dataset | None, seed: int) -> Samples:
-    """For a search, in random order, as it often looks at the first ones only. Raises DataError where there are not enough to judge what it finds."""
+    """For a search, in random order, as it often looks at the first ones only.
+
+    Raises DataError where there are not enough to judge what it finds.
+    """
     count = len(samples)
     if count < 3 and validation is None:
         raise DataError(
@@ -116,11 +119,8 @@ def _searched(samples: Dataset, validation: Dataset | None, seed: int) -> Sample
     rest = np.random.default_rng(seed).permutation(others)
     if validation is not None:
         return Samples(samples.subset(kept), samples.subset(rest), validation)
-    chooses, judges = (
-        samples.subset(rest[::2]),
-        samples.subset(rest[1::2] if len(rest) > 1 else rest),
-    )
-    return Samples(samples.subset(kept), chooses, judges, judges=OTHERS)
+    last = samples.subset(rest[1::2] if len(rest) > 1 else rest)
+    return Samples(samples.subset(kept), samples.subset(rest[::2]), last, judges=OTHERS)
 
 
 def _without_data(
