@@ -77,11 +77,9 @@ def choose_samples(
         return _without_data(specs, validation, known, count or MADE_UP, seed, left_out)
     samples = open_source(data, count)
     if known is None:
-        return (
-            _searched(samples, validation, seed)
-            if is_search
-            else Samples(*split(samples), validation)
-        )
+        if is_search:
+            return _searched(samples, validation, seed)
+        return Samples(*split(samples), validation)
     return _beside(samples, validation, known, left_out)
 
 
@@ -113,14 +111,14 @@ def _searched(samples: Dataset, validation: Dataset | None, seed: int) -> Sample
             f"{count} samples cannot make statistics, choose and judge: give more --data, or --val"
         )
     step = 3 if validation is not None else 2
-    kept = [i for i in range(count) if i % step != step - 1] if count > 1 else [0]
+    kept = [i for i in range(count) if i % step != step - 1] if count > 3 else [0]
     kept = kept[:: -(-len(kept) // MOST_KEPT)]
     others = [i for i in range(count) if i not in set(kept)] or kept
     rest = np.random.default_rng(seed).permutation(others)
     if validation is not None:
         return Samples(samples.subset(kept), samples.subset(rest), validation)
-    last = samples.subset(rest[1::2] if len(rest) > 1 else rest)
-    return Samples(samples.subset(kept), samples.subset(rest[::2]), last, judges=OTHERS)
+    chooses, judges = samples.subset(rest[::2]), samples.subset(rest[1::2])
+    return Samples(samples.subset(kept), chooses, judges, judges=OTHERS)
 
 
 def _without_data(

@@ -32,7 +32,7 @@ def test_parts_have_nothing_in_common(count: int) -> None:
     found = _chosen(count)
     parts = [_values(x) for x in (found.kept, found.judge, found.validation)]
     assert all(parts) and found.judges == OTHERS
-    joined = sum(parts, [])
+    joined = [x for part in parts for x in part]
     assert len(joined) == len(set(joined))
     assert len(parts[0]) <= MOST_KEPT and (count < 513 or len(parts[0]) > MOST_KEPT / 2)
     assert sorted(joined) == list(range(count))
