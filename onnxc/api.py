@@ -153,7 +153,7 @@ def compress(
     """
     wanted = asked(COMPRESS, model, request)
     if wanted.recipe is not None and wanted.recipe.passes:
-        return write(COMPRESS, replace(wanted, max_drop=max_drop))
+        return write(replace(COMPRESS, parts=("",)), replace(wanted, max_drop=max_drop))
     start, settings = time.perf_counter(), wanted.settings or CompressSettings()
     assert isinstance(settings, CompressSettings)
     seeks: Literal["size", "speed"] = "size" if settings.minimize == "size" else "speed"

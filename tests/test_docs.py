@@ -105,7 +105,8 @@ def within(block: Block) -> subprocess.CompletedProcess[str]:
     with redirect_stdout(out), redirect_stderr(err):
         if block.language == "python":
             code = 0
-            exec(compile(block.text, f"<line {block.line}>", "exec"), {"__name__": "__main__"})
+            program = compile(block.text, f"<line {block.line}>", "exec", dont_inherit=True)
+            exec(program, {"__name__": "__main__"})
         else:
             code = next(filter(None, (run(shlex.split(line)[1:]) for line in block.lines)), 0)
     return subprocess.CompletedProcess(block.text, code, out.getvalue(), err.getvalue())
