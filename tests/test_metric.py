@@ -151,3 +151,15 @@ def test_intervals_narrow_with_samples() -> None:
     few, many = (Estimate.of(rng.standard_normal(n)) for n in (25, 2500))
     assert (few.high - few.low) / (many.high - many.low) == pytest.approx(10, rel=0.3)
     assert Estimate.of(np.ones(1)).high == math.inf
+
+
+def test_more_samples_of_the_original_narrow_the_interval(parse: Parse, tmp_path: Path) -> None:
+    data, shift = _scores(4000), [0.5, -0.5, 0.3, -0.2, 0.0]
+    first, second, samples = _pair(parse, tmp_path, SHIFT, shift, data)
+    few, others = samples.subset(slice(0, 40)), samples.subset(slice(40, 400))
+    alone = open_metric("top1", first, few, RUNTIME)
+    beside = open_metric("top1", first, few, RUNTIME, others)
+    found = [estimated(m, first, second, few, RUNTIME) for m in (alone, beside)]
+    assert found[1].high - found[1].low < 0.6 * (found[0].high - found[0].low)
+    whole = estimated(alone, first, second, samples, RUNTIME)
+    assert found[1].low - 0.5 < whole.drop < found[1].high + 0.5

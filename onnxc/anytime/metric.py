@@ -17,7 +17,7 @@ outside of the interval, the rest need not be run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,6 +65,14 @@ class Estimate:
         n, mean = len(drops), float(np.mean(drops))
         error = float(np.std(drops, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
         return cls(mean, mean - Z * error, mean + Z * error, n)
+
+    @classmethod
+    def sum(cls, seen: Array, known: Array) -> Estimate:
+        """Of two means, from samples of one candidate and from others."""
+        parts = [cls.of(seen), cls.of(known)]
+        drop = sum(part.drop for part in parts)
+        spread = math.hypot(*(part.high - part.drop for part in parts))
+        return cls(drop, drop - spread, drop + spread, len(seen))
 
     @property
     def least(self) -> float:
@@ -127,12 +135,19 @@ class Decided:
     @property
     def estimate(self) -> Estimate:
         seen, is_top1 = Contest.joined(self.parts), self.metric.name == "top1"
-        told = seen.expected_drop if is_top1 else seen.disagreement
-        counted = seen.lost if is_top1 else seen.changed
-        found, other = (
-            Estimate.of(100 * x.reshape(self.samples, -1).mean(axis=1)) for x in (told, counted)
-        )
-        return other if other.least > found.high else found
+        known = self.metric.known
+        counted = Estimate.of(self._by_sample(seen.lost if is_top1 else seen.changed))
+        if known is None:
+            told = seen.expected_drop if is_top1 else seen.disagreement
+            found = Estimate.of(self._by_sample(told))
+        else:
+            rest, typical = seen.beside(known, is_top1)
+            found = Estimate.sum(self._by_sample(rest), 100 * typical)
+        return counted if counted.least > found.high else found
+
+    def _by_sample(self, shares: Array) -> Array:
+        """Points of each sample, the mean over its positions."""
+        return np.asarray(100 * shares.reshape(self.samples, -1).mean(axis=1))
 
 
 @dataclass
@@ -172,11 +187,15 @@ class Scored:
 
 @dataclass(frozen=True)
 class Metric:
-    """name: as asked for. output: the one with the classes. T: of `numerics.decisions`."""
+    """name: as asked for. output: the one with the classes. T: of `numerics.decisions`.
+
+    known: what the original gives for more samples, where each has one decision.
+    """
 
     name: str
     output: str = ""
     T: float = 1.0
+    known: Contest | None = field(default=None, repr=False)
     score: Callable[[dict[str, Any], Array | None], float] | None = None
 
     @property
@@ -227,40 +246,61 @@ def estimated(
     return tally.estimate
 
 
-def open_metric(name: str | None, original: Subject, samples: Dataset, runtime: Runtime) -> Metric:
+def open_metric(
+    name: str | None,
+    original: Subject,
+    samples: Dataset,
+    runtime: Runtime,
+    others: Dataset | None = None,
+) -> Metric:
     """The metric that is asked for, or the one that suits the model; it was tried on two samples.
 
-    Raises OptionError or DataError where it does not go with the model or the data.
+    others: more samples, on which only the original is run. Raises OptionError or DataError where
+    it does not go with the model or the data.
     """
-    metric = _chosen(name, original, samples, runtime)
+    metric = _chosen(name, original, [x for x in (samples, others) if x is not None], runtime)
     estimated(metric, original, original, samples.subset(slice(0, 2)), runtime)
     return metric
 
 
-def _chosen(name: str | None, original: Subject, samples: Dataset, runtime: Runtime) -> Metric:
+def _chosen(
+    name: str | None, original: Subject, some: Sequence[Dataset], runtime: Runtime
+) -> Metric:
     """By default top1 with labels, agreement with classes, perplexity of tokens, else sqnr."""
     if name is not None and ":" in name:
         return Metric(name, score=Score(name))
-    found = _scores(original, samples, runtime)
-    if found is None:
+    seen = [_scores(original, samples, runtime) for samples in some]
+    found = [one for one in seen if one is not None]
+    if not found:
         if name in ("top1", "agreement", "perplexity"):
             raise OptionError(f"--metric {name} needs a model with classes; this one has none")
         return Metric("sqnr")
-    output, z, labels, is_text = found
+    output, is_text = found[0].output, found[0].is_text
+    z = logits(np.concatenate([one.z for one in found]))
+    labels = None if found[0].labels is None else np.concatenate([one.labels for one in found])
     usual = "perplexity" if is_text and labels is None else "top1"
     usual = "agreement" if usual == "top1" and labels is None else usual
     chosen = name or usual
-    if chosen != "top1":
-        return Metric(chosen, output)
-    if labels is None:
+    if chosen == "top1" and labels is None:
         raise OptionError("--metric top1 needs labels in the data: add them, or take agreement")
-    return Metric(chosen, output, temperature(logits(z), labels))
+    T = 1.0 if labels is None or chosen != "top1" else temperature(z, labels)
+    is_single = len(z) == sum(min(len(samples), MOST_FITTED) for samples in some)
+    known = Contest.of(z, z, T) if is_single and len(found) > 1 else None
+    return Metric(chosen, output, T, known)
 
 
-def _scores(
-    original: Subject, samples: Dataset, runtime: Runtime
-) -> tuple[str, Array, Array | None, bool] | None:
+@dataclass(frozen=True)
+class Scores:
     """The output with classes, its rows of the first samples, their labels, and whether of text."""
+
+    output: str
+    z: Array
+    labels: Array | None
+    is_text: bool
+
+
+def _scores(original: Subject, samples: Dataset, runtime: Runtime) -> Scores | None:
+    """None where no output has classes."""
     few = samples.subset(slice(0, MOST_FITTED))
     labels, rows, name, is_text = few.labels, [], "", False
     is_one = labels is not None and labels.ndim == 1
@@ -271,7 +311,8 @@ def _scores(
         z = class_scores(ref[name], is_one)
         rows.append(z.reshape(-1, z.shape[-1]))
         is_text = is_text or next_tokens(feed) is not None
-    return name, np.concatenate(rows), None if labels is None else labels.reshape(-1), is_text
+    flat = None if labels is None else labels.reshape(-1)
+    return Scores(name, np.concatenate(rows), flat, is_text)
 
 
 def _noise(ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> Array:

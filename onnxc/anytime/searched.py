@@ -52,7 +52,9 @@ def searched(
     original, chooses = copy(job.model), job.samples.judge
     piece, prepared = begin(job.plan, job.model, job.calibration, chooses, job.runtime, job.say)
     subject: Subject = original if original.scratch is not None else to_bytes(original)
-    metric = open_metric(settings.metric or None, subject, chooses, job.runtime)
+    metric = open_metric(
+        *(settings.metric or None, subject, chooses, job.runtime, job.samples.kept)
+    )
     steps = ladders(settings.minimize, job.output)
     journal = begin_journal(job.output, _identity(job, original, settings, metric, bound), resume)
     times = kept(job.plan.target.name, job.runtime)

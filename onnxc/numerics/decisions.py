@@ -116,13 +116,29 @@ class Contest:
     @property
     def disagreement(self) -> Floats:
         """Chance that each sample gets another class: (N,)."""
-        return np.asarray(1 - win_chances(self.z, self.sigma)[:, 0])
+        return self.told(self.sigma, is_top1=False)
 
     @property
     def expected_drop(self) -> Floats:
         """What each sample takes from top-1, in expectation: (N,), shares."""
-        w = win_chances(self.z, self.sigma)
-        return np.asarray(self.p[:, 0] - (self.p * w).sum(axis=1))
+        return self.told(self.sigma, is_top1=True)
+
+    def told(self, sigma: Floats, is_top1: bool) -> Floats:
+        """The drop of top-1, or else the disagreement, for disturbances of σ: (N,)."""
+        w = win_chances(self.z, sigma)
+        return np.asarray(self.p[:, 0] - (self.p * w).sum(axis=1) if is_top1 else 1 - w[:, 0])
+
+    def beside(self, known: Contest, is_top1: bool) -> tuple[Floats, Floats]:
+        """Two terms whose means add up to the drop, told more exactly (difference estimator).
+
+        known: more samples, of the original alone. With one σ̄ for all samples, f(z, σ̄) is known for
+        many, and what f(z, σ) differs from it by varies little:
+
+            E f(z, σ) = E_seen [f(z, σ) − f(z, σ̄)] + E_known f(z, σ̄)
+        """
+        typical = float(np.sqrt(np.mean(self.sigma**2)))
+        mine, theirs = (x.told(np.full(len(x.z), typical), is_top1) for x in (self, known))
+        return self.told(self.sigma, is_top1) - mine, theirs
 
 
 def softmax(z: Array, T: float = 1.0) -> Floats:
