@@ -212,8 +212,10 @@ def has_classes(value: Any, one_label: bool = False) -> bool:
     return z.ndim >= 2 and z.shape[-1] > 1
 
 
-def class_scores(x: Array, one_label: bool = False) -> Array:
-    """(…, classes): trailing axes of length 1 dropped, or one row a sample."""
+def class_scores(value: Any, one_label: bool = False) -> Array:
+    """(…, classes): trailing axes of length 1 dropped, or one row a sample. Of scores alone."""
+    x = _numbers(value)
+    assert x is not None
     if one_label and x.ndim > 2:
         return x.reshape(len(x), -1)
     while x.ndim > 2 and x.shape[-1] == 1:

@@ -147,9 +147,14 @@ def _missed(run: Run, best: Found) -> Iterator[str]:
     """Where no candidate is better than the original."""
     if best.recipe:
         return
+    bound, what = run.workshop.bound, run.workshop.objective
     tried = [x for x in run.journal.all() if not x.failure]
-    closest = min(tried, key=lambda x: x.estimate.high, default=None)
+    kept = [x for x in tried if x.meets(bound)]
     told = ""
-    if closest is not None:
+    if kept:
+        least = min(kept, key=lambda x: x.cost)
+        told = f"; {least.plan} keeps it, at {least.cost:.2f} of the {what}"
+    elif tried:
+        closest = min(tried, key=lambda x: x.estimate.high)
         told = f"; the closest is {closest.plan}, which drops {closest.estimate.drop:.2f}"
-    yield f"nothing better than the original keeps the bound of {run.workshop.bound:g}{told}"
+    yield f"nothing better than the original keeps the bound of {bound:g}{told}"
