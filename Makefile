@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself; a second call installs nothing.
-.PHONY: demo test check bench clean
+.PHONY: demo test check nightly bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy --strict -p onnxc -p passes -p calib
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+nightly: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 bench: $(VENV)/.installed-dev
 	@set -e; for script in $(sort $(wildcard tests/bench/*.py)); do \
