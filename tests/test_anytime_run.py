@@ -153,3 +153,9 @@ def test_journal_keeps_all_that_is_known(tmp_path: Path) -> None:
     journal = begin(tmp_path / "x.onnx", SUBJECT, resume=False)
     assert json.loads(journal.path.read_text()) == SUBJECT
     assert isinstance(journal, Journal) and journal.elapsed == 0.0
+
+
+def test_plans_that_were_refused_are_not_made_ahead(source: Path) -> None:
+    run = _run(source, resume=False, limit=0.0)
+    run.search()
+    assert run.refused and not {name_of(plan) for plan in run._next(4)} & {*run.refused}

@@ -198,3 +198,20 @@ def test_workers_find_the_same(
             )  # fmt: skip
         found.append(output.read_bytes())
     assert found[0] == found[1]
+
+
+def test_the_verdict_of_any_metric_is_on_samples_that_judge(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A score that is worse only for the samples of --val."""
+    (tmp_path / "late.py").write_text(
+        "def score(outputs, labels):\n"
+        "    return -100.0 * (labels is None) * abs(outputs['y']).sum()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    np.savez("val.npz", x=np.load(files[1])["x"][:9])
+    report = onnxc.compress(
+        files[0], data=files[1], val="val.npz", output="late.onnx", metric="late:score",
+        minimize="size", max_drop=1e-6, max_time=0.1,
+    )  # fmt: skip
+    assert any("on samples that judge" in sentence for sentence in report.missed)

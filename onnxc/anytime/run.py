@@ -44,7 +44,8 @@ MISSED = Estimate(math.inf, math.inf, math.inf, 0)
 class Run:
     """One search. limit: seconds, those before an interruption included.
 
-    is_complete: whether nothing was left out for want of time.
+    ahead: candidates that workers made before they were asked for. refused: what was answered for
+    plans for which there was no time.
     """
 
     job: Job
@@ -53,8 +54,8 @@ class Run:
     journal: Journal
     limit: float
     client: Client | None = None
-    is_complete: bool = True
     ahead: dict[str, list[Candidate]] = field(default_factory=dict, repr=False)
+    refused: dict[str, Found] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         shop = self.workshop
@@ -69,6 +70,11 @@ class Run:
     @property
     def is_timed(self) -> bool:
         return self.workshop.objective == "latency"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing was left out for want of time."""
+        return not self.refused
 
     @property
     def elapsed(self) -> float:
@@ -88,8 +94,8 @@ class Run:
             if self._is_known(plan) or self._is_affordable(plan):
                 reply = self._found(plan)
             else:  # others may be quicker
-                self.is_complete = False
                 reply = Found(name_of(plan), "", MISSED, math.inf, failure="there was no time")
+                self.refused[reply.plan] = reply
 
     def _is_known(self, plan: Plan) -> bool:
         return not plan or name_of(plan) in self.journal.found
@@ -155,7 +161,7 @@ class Run:
     def _next(self, count: int) -> list[Plan]:
         """Plans that the strategy may ask for next, the most certain first."""
         wanted: dict[str, Plan] = {}
-        branches: deque[dict[str, Found]] = deque([{}])
+        branches: deque[dict[str, Found]] = deque([self.refused])
         while branches and len(wanted) < count:
             guesses = branches.popleft()
             plan = self._asked(guesses)

@@ -14,7 +14,7 @@ from calib.merge import digest
 from onnxc import recipe as recipes
 from onnxc.anytime.journal import Found
 from onnxc.anytime.journal import begin as begin_journal
-from onnxc.anytime.metric import Metric, open_metric
+from onnxc.anytime.metric import Metric, estimated, open_metric
 from onnxc.anytime.moves import ladders
 from onnxc.anytime.run import Run
 from onnxc.anytime.settings import CompressSettings
@@ -29,6 +29,7 @@ from onnxc.request import Job
 from onnxc.samples import MOST_HELD_OUT
 from onnxc.storage.packing import SUFFIX, store
 
+COMPARED = ("top1", "agreement")  # metrics whose verdict is that of the comparison
 PATIENT = 0.1  # share of the time that one task may measure before it chooses
 
 
@@ -71,7 +72,8 @@ def searched(
     store(result.model, job.output)
     if run.is_complete:
         journal.remove()
-    return Searched(result, points(run), tuple(_notes(run, best)), tuple(_missed(run, best)))
+    missed = (*_missed(run, best), *_missed_later(run, result))
+    return Searched(result, points(run), tuple(_notes(run, best)), missed)
 
 
 def _identity(
@@ -141,6 +143,19 @@ def _notes(run: Run, best: Found) -> Iterator[str]:
     for some in run.journal.found.values():
         if all(x.failure for x in some):
             yield f"{some[0].plan} was not possible: {some[0].failure}"
+
+
+def _missed_later(run: Run, result: Compressed) -> Iterator[str]:
+    """Where the verdict misses the bound of a metric that no comparison has."""
+    metric, bound = run.workshop.metric, run.workshop.bound
+    judges = run.job.samples.validation
+    if judges is None or metric.name in COMPARED:
+        return
+    made = result.model
+    subject: Subject = made if made.scratch is not None else to_bytes(made)
+    found = estimated(metric, run.workshop.original, subject, judges, run.job.runtime)
+    if found.drop > bound:
+        yield f"the drop is {found.drop:.2f} {metric.unit} on samples that judge, not {bound:g}"
 
 
 def _missed(run: Run, best: Found) -> Iterator[str]:
