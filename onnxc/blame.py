@@ -43,6 +43,7 @@ from onnxc.steps import Steps, steps_of
 from onnxc.targets import choose
 from onnxc.twins import Twin, Twins, match
 from onnxc.units import FLOATED, cut_out, with_floats
+from onnxc.workpiece import silent
 
 Array = NDArray[Any]
 Feed = dict[str, Array]
@@ -118,25 +119,6 @@ class Examination:
         return tuple(layer.blame for layer in self.layers)
 
 
-def blame(
-    original: Model,
-    result: Model,
-    dataset: Dataset,
-    runtime: Runtime = Runtime(),
-    samples: int = SAMPLES,
-    progress: Progress | None = None,
-    skips: list[Skip] | None = None,
-) -> tuple[Blame, ...]:
-    """What each layer of a model has to do with the error of the result, in graph order.
-
-    skips: gets the layers that cannot be compared, with reasons. Raises ModelError.
-    """
-    found = examine(original, result, dataset, runtime, samples, progress)
-    if skips is not None:
-        skips += found.unmatched
-    return found.blames
-
-
 def examine(
     original: Model,
     result: Model,
@@ -145,7 +127,10 @@ def examine(
     samples: int = SAMPLES,
     progress: Progress | None = None,
 ) -> Examination:
-    """The same with all that was seen. The original is looked at as onnxc prepares it."""
+    """What each layer has to do with the error of the result, seen from the prepared original.
+
+    Raises ModelError.
+    """
     few = spread(dataset, samples)
     feed = next(iter(few.batches(1)))
     if excess([original, result], feed):
@@ -154,7 +139,7 @@ def examine(
     prepare(reference, feed)
     twins = match(reference.graph, result.graph)
     pair = Pair(to_proto(reference), to_proto(result), twins, few, runtime, reference.graph)
-    say = progress or _silent
+    say = progress or silent
     try:
         return pair.examine(say)
     except ModelError:
@@ -190,10 +175,6 @@ def spread(dataset: Dataset, samples: int) -> Dataset:
     """At most that many samples, evenly spread over the dataset."""
     count = min(samples, len(dataset))
     return dataset.subset(np.linspace(0, len(dataset) - 1, count).astype(np.intp))
-
-
-def _silent(text: str) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass
