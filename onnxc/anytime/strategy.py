@@ -3,8 +3,10 @@
     1  on the first ladder, which mostly gains most, the harshest move that keeps the bound
     2  one move of each other ladder alone: what it gains for what it costs orders them
     3  on each of these, the harshest move that keeps the bound, those chosen before staying
-    4  exchange: a step further on one ladder for a step back on another, and a step back where that
+    4  exchange: a step further on one ladder for steps back on others, and a step back where that
        costs nothing, until nothing gets better
+    5  3 and 4 once more from the original, the first ladder being the last: where its gain had its
+       price, the others had no room left
 
 It is a generator: it asks for a plan and is sent the best candidate of it.
 """
@@ -18,10 +20,11 @@ from onnxc.anytime.journal import Found
 from onnxc.anytime.moves import Ladder, Move, Plan, Slot, ordered
 
 Search = Generator[Plan, Found, None]
+Swap = Generator[Plan, Found, bool]
 Steps = dict[Slot, tuple[Ladder, int]]
 
 LEAST_DROP = 0.02  # points: below, nothing tells drops apart
-CLOSER = 0.8  # of a drop: what is worth a step back at equal cost
+CLOSER = 0.9  # of a drop: what is worth a step back at equal cost
 
 
 @dataclass(frozen=True)
@@ -84,57 +87,71 @@ class Descent:
                 high = index
             index = (low + high) // 2
 
+    def descended(self, ladders: Sequence[Ladder]) -> Search:
+        """The harshest move of one ladder after the other, then exchanges between all."""
+        for ladder in ladders:
+            yield from self.harshest(ladder)
+        own = [ladder for ladder, _ in self.chosen.values()]
+        yield from self.exchanged([*own, *(one for one in ladders if one not in own)])
+
     def exchanged(self, ladders: Sequence[Ladder]) -> Search:
         """Steps back that cost nothing and steps further for steps back, until none is better."""
         is_new = True
         while is_new:
             is_new = False
-            for swaps in (*self._relaxed(), *self._swapped(ladders)):
-                is_new = yield from self._first_met(swaps)
+            for swap in self._swaps(ladders):
+                is_new = yield from swap
                 if is_new:
                     break
 
-    def _first_met(self, swaps: Iterable[Steps]) -> Generator[Plan, Found, bool]:
-        """Of several swaps, the first that keeps the bound, if it is better."""
-        for steps in swaps:
-            near = {s: at for s, at in {**self.chosen, **steps}.items() if at[1] >= 0}
-            found = yield ordered({s: own.moves[i] for s, (own, i) in near.items()})
-            if self.rule.is_better(found, self.best):
-                self.best, self.chosen = found, near
-                return True
-            if found.meets(self.rule.bound):
-                return False
-        return False
-
-    def _relaxed(self) -> Iterator[list[Steps]]:
-        """A step back on each ladder."""
+    def _swaps(self, ladders: Sequence[Ladder]) -> Iterator[Swap]:
+        """A step back on each; steps further on each for steps back on another, or on all."""
         for slot, (own, index) in self.chosen.items():
             if index > 0:
-                yield [{slot: (own, index - 1)}]
-
-    def _swapped(self, ladders: Sequence[Ladder]) -> Iterator[list[Steps]]:
-        """A step further on each ladder, for one, two, four … steps back on another, or on all."""
+                yield self._relaxed({slot: (own, index - 1)})
         for ladder in ladders:
             own, index = self.chosen.get(ladder.slot, (ladder, -1))
             if own is not ladder or index + 1 == len(ladder.moves):
                 continue
-            others = {s: at for s, at in self.chosen.items() if s != ladder.slot}
-            alone = [(slot,) for slot in others]
-            for slots in (*alone, tuple(others)) if len(others) > 1 else alone:
-                yield [
-                    {ladder.slot: (ladder, index + 1), **_back(others, slots, count)}
-                    for count in _counts(max(others[slot][1] for slot in slots))
-                ]
+            others = [slot for slot in self.chosen if slot != ladder.slot]
+            alone: list[list[Slot]] = [[slot] for slot in others] or [[]]
+            for slots in [*alone, others] if len(others) > 1 else alone:
+                yield self._along_the_bound(ladder, index, slots)
+
+    def _relaxed(self, steps: Steps) -> Swap:
+        """One step back."""
+        is_better, _ = yield from self._taken(steps)
+        return is_better
+
+    def _along_the_bound(self, ladder: Ladder, index: int, slots: Sequence[Slot]) -> Swap:
+        """Further on one ladder while the bound is kept, and else further back on others."""
+        room = max((self.chosen[slot][1] + 1 for slot in slots), default=0)
+        further, back = _counts(len(ladder.moves) - index - 1), [0, *_counts(room)]
+        f = b = 0
+        while f < len(further) and b < len(back):
+            steps: Steps = {ladder.slot: (ladder, index + further[f])}
+            for slot in slots:
+                own, i = self.chosen[slot]
+                steps[slot] = own, i - back[b]
+            is_better, keeps = yield from self._taken(steps)
+            if is_better:
+                return True
+            f, b = (f + 1, b) if keeps else (f, b + 1)
+        return False
+
+    def _taken(self, steps: Steps) -> Generator[Plan, Found, tuple[bool, bool]]:
+        """Take other steps in some slots if they are better: if so, and if they keep the bound."""
+        near = {slot: at for slot, at in {**self.chosen, **steps}.items() if at[1] >= 0}
+        found = yield ordered({slot: own.moves[i] for slot, (own, i) in near.items()})
+        is_better = self.rule.is_better(found, self.best)
+        if is_better:
+            self.best, self.chosen = found, near
+        return is_better, found.meets(self.rule.bound)
 
 
-def _back(others: Steps, slots: Iterable[Slot], count: int) -> Steps:
-    """So many steps back in some slots."""
-    return {slot: (others[slot][0], others[slot][1] - count) for slot in slots}
-
-
-def _counts(index: int) -> list[int]:
-    """1, 2, 4 … steps, as many as there are below an index."""
-    return [1 << k for k in range(index.bit_length() + 1) if 1 << k <= index + 1]
+def _counts(most: int) -> list[int]:
+    """1, 2, 4 … and the most itself."""
+    return [*(1 << k for k in range(most.bit_length()) if 1 << k < most), most] if most else []
 
 
 def search(ladders: Sequence[Ladder], rule: Rule, original: Found) -> Search:
@@ -147,9 +164,8 @@ def search(ladders: Sequence[Ladder], rule: Rule, original: Found) -> Search:
         gain = -1.0 if found.failure else 1 - found.cost
         worth.append((-gain / max(found.estimate.drop, LEAST_DROP), number))
     order = [ladders[1 + number] for value, number in sorted(worth) if value < 0]
-    for ladder in order:
-        yield from state.harshest(ladder)
-    yield from state.exchanged((first, *order))
+    yield from state.descended(order)
+    yield from Descent(rule, original).descended([*order, first])
 
 
 def moves_of(ladders: Sequence[Ladder]) -> dict[str, Move]:
