@@ -10,8 +10,8 @@
 No sample that statistics saw chooses or judges. A search looks at the samples that choose again and
 again, so it gets more of them, and never the ones that judge:
 
-    --data          two of three, 256 at most   the rest                    --val
-    --data          half, 256 at most           half of the rest            the other half
+    --data          four of five, 256 at most   the rest                    --val
+    --data          three of five, 256 at most  half of the rest            the other half
 """
 
 from __future__ import annotations
@@ -110,8 +110,10 @@ def _searched(samples: Dataset, validation: Dataset | None, seed: int) -> Sample
         raise DataError(
             f"{count} samples cannot make statistics, choose and judge: give more --data, or --val"
         )
-    step = 3 if validation is not None else 2
-    kept = [i for i in range(count) if i % step != step - 1] if count > 3 else [0]
+    fifths = 1 if validation is not None else 2
+    wanted = min(max(fifths, count * fifths // 5), count - 1)
+    held = {(i + 1) * count // wanted - 1 for i in range(wanted)}
+    kept = [i for i in range(count) if i not in held]
     kept = kept[:: -(-len(kept) // MOST_KEPT)]
     others = [i for i in range(count) if i not in set(kept)] or kept
     rest = np.random.default_rng(seed).permutation(others)

@@ -40,7 +40,7 @@ def test_parts_have_nothing_in_common(count: int) -> None:
 
 def test_validation_that_is_given_judges_alone() -> None:
     found = _chosen(90, {"x": np.full((5, 1), -1.0, np.float32)})
-    assert len(_values(found.kept)) == 60 and len(_values(found.judge)) == 30
+    assert len(_values(found.kept)) == 72 and len(_values(found.judge)) == 18
     assert _values(found.validation) == [-1.0] * 5
 
 

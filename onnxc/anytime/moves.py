@@ -31,7 +31,10 @@ Slot = Literal["prune", "factorize", "code"]
 SLOTS: tuple[Slot, ...] = ("prune", "factorize", "code")
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
 BITS = (8.0, 6.0, 5.5, 5.0, 4.75, 4.5, 4.25, 4.0, 3.75, 3.5, 3.25, 3.0, 2.75, 2.5)
-LOSSES = (0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.5)
+LOSSES = (
+    *(0.002, 0.0025, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02, 0.025),
+    *(0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),
+)
 FASTER = {"latency": True, "params": False, "macs": False}  # whether factors must be, here
 FLOAT = (5, 3, 2, 1)  # layers that stay float
 CODES = (6, 5, 4, 3, 2)
@@ -94,7 +97,7 @@ def _shared(is_packed: bool) -> Ladder:
         return Ladder("code", (*values, Move(CLUSTER, vectors)), first=2)
     cluster = Cluster(bits=6, method="ecsq")
     rows = (ClusterSettings(cluster, method="ecsq", loss=loss) for loss in LOSSES)
-    return Ladder("code", tuple(Move(CLUSTER, row) for row in rows), first=7)
+    return Ladder("code", tuple(Move(CLUSTER, row) for row in rows), first=LOSSES.index(0.03))
 
 
 def _pruned() -> Ladder:
