@@ -18,6 +18,7 @@ from rich.text import Text
 
 from onnxc.check import Comparison
 from onnxc.cost import HeavyNode, Inspection, Port
+from onnxc.front_view import front_table
 from onnxc.report import (
     Benchmark,
     Blame,
@@ -59,7 +60,7 @@ def render(report: Report) -> RenderableType:
     """What was made of a model, and the proof."""
     table, result = _measures(report), _verdict(report)
     parts: Parts = [*_headline(report.headline), _title(report), table, result]
-    parts += _done(report)
+    parts += [*front_table(report.points), *_done(report)]
     title = "left alone" if report.coverage is None else "run in float"
     parts += grouped(title, left_alone(report))
     parts += notes_of((*report.notes, *zeros_notes(report), *untold(report)))

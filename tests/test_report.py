@@ -19,6 +19,7 @@ from onnxc.core import Change, Skip
 from onnxc.report import (
     Effect,
     Measure,
+    Point,
     Preview,
     Report,
     Validation,
@@ -99,6 +100,26 @@ def test_a_speed_inside_its_spread_is_no_gain_and_no_loss() -> None:
     good, sentence = verdict(replace(GOOD, speedup=Ratio(0.99, 0.95, 1.02)))
     assert good
     assert "as fast within the spread" in sentence
+
+
+def test_a_search_ends_with_the_candidates_that_nothing_beats() -> None:
+    def point(name: str, size: int, drop: float, **only: bool) -> Point:
+        return Point(name, size, drop, drop - 0.1, drop + 0.1, 1.5, **only)
+
+    points = (
+        point("original", 4000, 0.0, is_met=True, on_front=True),
+        point("cluster --loss 0.03", 900, 0.4, is_met=True, is_best=True, on_front=True),
+        point("cluster --loss 0.1", 500, 2.0, on_front=True),
+        point("prune --macs 0.9", 3900, 3.0),
+    )
+    text = shown(render(replace(GOOD, points=points)), 120)
+    rows = [line.strip() for line in text.splitlines() if " to " in line and line[:1] in "co"]
+    assert "best of 4 candidates" in text and "prune --macs 0.9" not in text
+    assert [row.split("  ")[0] for row in rows] == [
+        *("cluster --loss 0.1", "cluster --loss 0.03", "original")
+    ]
+    assert "2.00   1.90 to 2.10  misses the bound" in rows[0]
+    assert rows[1].endswith("the result") and rows[2].endswith("-0.10 to 0.10")
 
 
 def test_the_table_has_before_after_and_ratio() -> None:
