@@ -14,9 +14,9 @@ import onnx
 import pytest
 
 from onnxc.anytime.journal import SUFFIX, Journal, begin
-from onnxc.anytime.metric import Estimate
 from onnxc.anytime.moves import Plan, ladders, name_of
 from onnxc.anytime.run import Run
+from onnxc.anytime.tallies import Estimate
 from onnxc.anytime.workshop import Candidate
 from onnxc.errors import OptionError
 from onnxc.graph import load, to_bytes

@@ -12,7 +12,8 @@ import onnx
 import pytest
 
 from calib.data import Dataset, open_data
-from onnxc.anytime.metric import Estimate, Metric, estimated, open_metric
+from onnxc.anytime.metric import Metric, estimated, open_metric
+from onnxc.anytime.tallies import Estimate
 from onnxc.errors import DataError, OptionError
 from onnxc.request import input_specs
 from onnxc.runtime import Runtime

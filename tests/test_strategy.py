@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from onnxc.anytime import strategy
 from onnxc.anytime.journal import Found
-from onnxc.anytime.metric import Estimate
 from onnxc.anytime.moves import Ladder, Move, Plan, Slot, name_of
 from onnxc.anytime.strategy import Rule
+from onnxc.anytime.tallies import Estimate
 from onnxc.pruning import PruneSettings
 from onnxc.tasks import PRUNE
 

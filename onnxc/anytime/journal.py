@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onnxc.anytime.metric import Estimate
+from onnxc.anytime.tallies import Estimate
 from onnxc.bench import Ratio
 from onnxc.errors import OptionError
 from onnxc.files import replacing

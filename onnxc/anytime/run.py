@@ -21,9 +21,9 @@ from calib.remote import check_files
 from onnxc import recipe as recipes
 from onnxc.anytime import strategy
 from onnxc.anytime.journal import Found, Journal
-from onnxc.anytime.metric import Estimate
 from onnxc.anytime.moves import JOINT, Ladder, Plan, name_of
 from onnxc.anytime.strategy import Rule
+from onnxc.anytime.tallies import Estimate
 from onnxc.anytime.workshop import NOTHING, Candidate, Workshop
 from onnxc.bench import Ratio, speedup
 from onnxc.graph import Model, load

@@ -16,9 +16,10 @@ from typing import Any
 from calib.data import Dataset
 from onnxc import recipe as recipes
 from onnxc.anytime.energy import energy
-from onnxc.anytime.metric import Estimate, Metric, estimated
+from onnxc.anytime.metric import Metric, estimated
 from onnxc.anytime.moves import Move, Plan, name_of
 from onnxc.anytime.settings import Objective
+from onnxc.anytime.tallies import Estimate
 from onnxc.cost import file_bytes
 from onnxc.errors import OnnxcError
 from onnxc.graph import Model, copy, load, opset, to_bytes
