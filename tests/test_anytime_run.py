@@ -123,7 +123,7 @@ def test_nothing_is_begun_when_the_time_is_over(source: Path) -> None:
     run = _run(source, resume=False, limit=0.0)
     run.search()
     assert not run.is_complete
-    assert run.workshop.seen == ["cluster --bits 6 --method ecsq --loss 0.04"]  # type: ignore[attr-defined]
+    assert run.workshop.seen == ["cluster --bits 6 --method ecsq --loss 0.03"]  # type: ignore[attr-defined]
 
 
 def test_a_journal_of_another_search_is_refused(source: Path) -> None:
