@@ -23,7 +23,7 @@ from onnxc.anytime.settings import CompressSettings
 from onnxc.bench import Latency, speedup, time_interleaved
 from onnxc.blame import examine, examine_files
 from onnxc.calibration import calibrate, merge_statistics
-from onnxc.check import Comparison, compare, coverage
+from onnxc.check import compare, coverage
 from onnxc.compression import Attempt, Compressed, attempt, compress_model
 from onnxc.cost import file_bytes, inspect, quantized_as
 from onnxc.errors import ModelError, OptionError
@@ -162,23 +162,11 @@ def compress(
     check_packing(job.output)
     with naming(job.path):
         found = searched(job, settings, bound, max_time, resume)
-    missed = found.missed or _missed_on_verdict(found.result.comparison, settings, bound)
-    report = _report(job, found.result, missed, True)
+    report = _report(job, found.result, found.missed, True)
     report = _blamed(report, job, found.result, wanted)
     notes = (*found.notes, *report.notes)
     report = replace(report, points=found.points, notes=notes)
     return replace(report, memory_peak=peak_memory(), seconds=time.perf_counter() - start)
-
-
-def _missed_on_verdict(
-    comparison: Comparison, settings: CompressSettings, bound: float
-) -> tuple[str, ...]:
-    """The bound in points of classes, where that is what was asked for."""
-    if settings.metric not in ("", "top1", "agreement") or comparison.agreement is None:
-        return ()
-    if settings.metric == "agreement" or comparison.perplexity is not None:
-        comparison = replace(comparison, top1=None)
-    return missed_bounds(comparison, bound)
 
 
 def write(task: Task, request: Request) -> Report:

@@ -18,6 +18,7 @@ from onnxc.anytime.metric import Metric, estimated, open_metric
 from onnxc.anytime.moves import ladders
 from onnxc.anytime.run import Run
 from onnxc.anytime.settings import CompressSettings
+from onnxc.anytime.tallies import Estimate
 from onnxc.anytime.workshop import Workshop
 from onnxc.compression import Attempt, Compressed, begin, proven
 from onnxc.cost import file_bytes
@@ -29,7 +30,6 @@ from onnxc.request import Job
 from onnxc.samples import MOST_HELD_OUT
 from onnxc.storage.packing import SUFFIX, store
 
-COMPARED = ("top1", "agreement")  # metrics whose verdict is that of the comparison
 PATIENT = 0.1  # share of the time that one task may measure before it chooses
 
 
@@ -72,8 +72,12 @@ def searched(
     store(result.model, job.output)
     if run.is_complete:
         journal.remove()
-    missed = (*_missed(run, best), *_missed_later(run, result))
-    return Searched(result, points(run), tuple(_notes(run, best)), missed)
+    judged = _judged(run, result)
+    notes = [*_notes(run, best), *([] if judged is None else [_verdict(run, judged)])]
+    missed = _missed(run, best)
+    if judged is not None and judged.drop > bound:
+        missed = (*missed, f"{_verdict(run, judged)}, more than {bound:g}")
+    return Searched(result, points(run), tuple(notes), tuple(missed))
 
 
 def _identity(
@@ -145,23 +149,27 @@ def _notes(run: Run, best: Found) -> Iterator[str]:
             yield f"{some[0].plan} was not possible: {some[0].failure}"
 
 
-def _missed_later(run: Run, result: Compressed) -> Iterator[str]:
-    """Where the verdict misses the bound of a metric that no comparison has."""
-    metric, bound = run.workshop.metric, run.workshop.bound
-    judges = run.job.samples.validation
-    if judges is None or metric.name in COMPARED:
-        return
-    made = result.model
+def _judged(run: Run, result: Compressed) -> Estimate | None:
+    """The drop on the samples that judge, told as on those that chose."""
+    judges, made = run.job.samples.validation, result.model
+    if judges is None:
+        return None
     subject: Subject = made if made.scratch is not None else to_bytes(made)
-    found = estimated(metric, run.workshop.original, subject, judges, run.job.runtime)
-    if found.drop > bound:
-        yield f"the drop is {found.drop:.2f} {metric.unit} on samples that judge, not {bound:g}"
+    shop = run.workshop
+    return estimated(shop.metric, shop.original, subject, judges, run.job.runtime)
 
 
-def _missed(run: Run, best: Found) -> Iterator[str]:
+def _verdict(run: Run, judged: Estimate) -> str:
+    return (
+        f"on the {judged.samples} samples that judge the drop is {judged.drop:.2f} "
+        f"{run.workshop.metric.unit} ({judged.low:.2f} to {judged.high:.2f})"
+    )
+
+
+def _missed(run: Run, best: Found) -> tuple[str, ...]:
     """Where no candidate is better than the original."""
     if best.recipe:
-        return
+        return ()
     bound, what = run.workshop.bound, run.workshop.objective
     tried = [x for x in run.journal.all() if not x.failure]
     kept = [x for x in tried if x.meets(bound)]
@@ -172,4 +180,4 @@ def _missed(run: Run, best: Found) -> Iterator[str]:
     elif tried:
         closest = min(tried, key=lambda x: x.estimate.high)
         told = f"; the closest is {closest.plan}, which drops {closest.estimate.drop:.2f}"
-    yield f"nothing better than the original keeps the bound of {bound:g}{told}"
+    return (f"nothing better than the original keeps the bound of {bound:g}{told}",)
