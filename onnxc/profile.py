@@ -44,7 +44,7 @@ def node_times(
         opened = session(source, runtime, profile=Path(folder) / "times")
         start = time.perf_counter()
         for count in itertools.count():
-            if length.is_over(count, time.perf_counter() - start):
+            if length.is_over(count, count, time.perf_counter() - start):
                 break
             run(opened, dict(feed))
         events = json.loads(Path(opened.end_profiling()).read_text())

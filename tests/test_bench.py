@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class Recorder:
 def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     runs: list[tuple[str, float]] = []
     monkeypatch.setattr(bench, "open_whole", lambda model, runtime: Recorder(str(model), runs))
+    monkeypatch.setattr(bench, "interruptions", lambda: 0)
     return runs
 
 
@@ -82,19 +84,37 @@ def test_a_slow_model_has_fewer_rounds(log: list[tuple[str, float]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rounds", "seconds", "over"),
+    ("calm", "rounds", "seconds", "over"),
     [
-        (39, 3.0, False),
-        (40, 0.5, False),
-        (40, 3.0, True),
-        (9, 9.0, False),
-        (8, 90.0, False),
-        (9, 11.0, True),
+        (39, 39, 3.0, False),
+        (40, 40, 0.5, False),
+        (40, 40, 3.0, True),
+        (39, 199, 3.0, False),
+        (0, 200, 3.0, True),
+        (9, 9, 9.0, False),
+        (8, 8, 90.0, False),
+        (0, 9, 11.0, True),
     ],
 )
-def test_timing_ends_by_rounds_and_by_time(rounds: int, seconds: float, over: bool) -> None:
+def test_timing_ends_by_rounds_and_by_time(
+    calm: int, rounds: int, seconds: float, over: bool
+) -> None:
     length = bench.Length(repeats=40, min_time=1.0, max_time=10.0)
-    assert length.is_over(rounds, seconds) is over
+    assert length.is_over(calm, rounds, seconds) is over
+
+
+@pytest.mark.parametrize(("every", "counted"), [(3, 20), (1, 100)])
+def test_interrupted_rounds_do_not_count_where_enough_are_left(
+    log: list[tuple[str, float]], monkeypatch: pytest.MonkeyPatch, every: int, counted: int
+) -> None:
+    """One round in `every` is interrupted; the model then takes 50 ms."""
+    states = itertools.count()
+    monkeypatch.setattr(bench, "interruptions", lambda: (next(states) + 1) // (2 * every))
+    slow = itertools.cycle([0.001] * (every - 1) + [0.05])
+    monkeypatch.setattr(bench, "_time", lambda opened, feed: next(slow))
+    found = time_interleaved({"a": "A"}, FEED, repeats=20)["a"]
+    assert len(found.samples) == counted
+    assert found.samples[0] == (50.0 if every == 1 else 1.0)
 
 
 def test_percentiles_are_in_milliseconds() -> None:
