@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import click
 
 from onnxc import refuse_strangers
-from onnxc.errors import OnnxcError
+from onnxc.errors import OnnxcError, why
 
 GOOD, MISSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 GRACE = 1.0  # seconds to clean up in
@@ -96,8 +96,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _say(STOPPED, INTERRUPTED)
     except click.ClickException as error:
         return _say(f"Error: {_sentence(error)}", BAD_INPUT)
-    except BrokenPipeError:  # the reader of a pipe has left
-        sys.stdout = None
+    except SystemExit:  # click leaves so, with 1, where the reader of a help text has left
         return GOOD
     except MemoryError:
         return _say("Error: there is not enough memory; try --max-memory or --samples", BAD_INPUT)
@@ -120,6 +119,6 @@ def _sentence(error: click.ClickException) -> str:
 
 def _text(error: BaseException) -> str:
     """One line; for the system's errors, which file and what."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'the disk'}: {error.strerror}"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the disk'}: {why(error)}"
     return " ".join(str(error).split()) or type(error).__name__

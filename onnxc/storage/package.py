@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from onnxc.errors import ModelError, OptionError
-from onnxc.files import replacing
+from onnxc.files import TemporaryFolder, replacing
 from onnxc.storage import coders, pieces, streams
 from onnxc.storage.coders import EXPANSION, Head, numbers
 from onnxc.storage.pieces import Member, Piece
@@ -267,7 +266,7 @@ def _check_room(folder: Path, needed: int) -> None:
         raise OptionError(f"{folder} has room for {free} bytes, but the model takes {needed}")
 
 
-_unpacked: dict[tuple[Path, int, int], tuple[tempfile.TemporaryDirectory[str], Path]] = {}
+_unpacked: dict[tuple[Path, int, int], tuple[TemporaryFolder, Path]] = {}
 
 
 def plain(path: str | Path) -> Path:
@@ -281,7 +280,7 @@ def plain(path: str | Path) -> Path:
     status = path.stat()
     key = path.resolve(), status.st_mtime_ns, status.st_size
     if key not in _unpacked:
-        folder = tempfile.TemporaryDirectory(prefix="onnxc-")
+        folder = TemporaryFolder()
         model = Path(folder.name) / f"{path.stem}.onnx"
         unpack(path, model, lambda done, total: None)
         _unpacked[key] = folder, model
