@@ -7,7 +7,10 @@ killed process has left beside it is gone after the next run.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,3 +165,37 @@ def test_a_report_for_which_there_is_no_room(bench: Bench) -> None:
     found = bench.run("inspect", str(MODEL), stdout="/dev/full")
     assert found.code == 2
     assert found.err == "Error: standard output: No space left on device\n"
+
+
+def limited(size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command that may take so much address space, from its very start on."""
+    limit = f"ulimit -v {size // 1024} && exec "
+    command = shlex.join([sys.executable, "-m", "onnxc", *arguments])
+    environment = {**os.environ, "PYTHONPATH": str(MODELS.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "-c", limit + command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_too_little_memory_for_the_libraries(tmp_path: Path) -> None:
+    done = limited(100 << 20, "inspect", str(MODEL))
+    assert done.returncode == 2
+    assert re.fullmatch(r"Error: ulimit -v allows 105 MB, and .*; allow more\n", done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("megabytes", range(260, 460, 20))
+def test_too_little_memory_for_the_work(megabytes: int, tmp_path: Path) -> None:
+    output = tmp_path / "out.onnx"
+    some = ("--format", "qdq", "--ranges", "minmax", *FEW, "--quiet", "-o", str(output))
+    done = limited(megabytes * 1_000_000, "quantize", str(MODEL), *some)
+    assert done.returncode in (0, 2), done.stderr
+    assert output.exists() == (done.returncode == 0)
+    if done.returncode:
+        assert re.fullmatch(r"Error: .*\n", done.stderr)
+        assert list(tmp_path.iterdir()) == []
