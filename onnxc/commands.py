@@ -18,6 +18,7 @@ from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
 from onnxc.analysis_view import render_analysis
 from onnxc.html import page
+from onnxc.paths import check_output
 from onnxc.report import Report
 from onnxc.tasks import CLUSTER, COMPRESS, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 
@@ -290,6 +291,8 @@ def _request(task: Task, context: click.Context, settings: dict[str, Any]) -> di
     """What to do and how: the recipe, and whatever was written beside it."""
     chosen = options.given(context, options.names(task.settings))
     replayed = recipe.load(settings["recipe"]) if settings["recipe"] else None
+    if replayed is not None and settings["output"] is not None:
+        check_output(settings["output"], settings["recipe"])
     if replayed is not None and replayed.passes:
         replayed = replace(replayed, passes=recipe.adjust(replayed.passes, chosen))
     override = options.given(context, ("target", "seed", "include", "exclude", "samples"))

@@ -24,6 +24,7 @@ import numpy as np
 
 from onnxc.errors import ModelError, OptionError
 from onnxc.files import TemporaryFolder, replacing
+from onnxc.paths import check_unchanged, stamps
 from onnxc.storage import coders, pieces, streams
 from onnxc.storage.coders import EXPANSION, Head, numbers
 from onnxc.storage.pieces import Member, Piece
@@ -88,7 +89,9 @@ def write(path: Path, output: Path, thorough: bool, said: Said) -> dict[str, Tal
     said: told how many tensors of how many are done. Raises ModelError, OptionError or OSError.
     """
     libraries()
+    files = stamps(path)
     found = pieces.members(path)
+    files |= stamps(*(member.path for member in found[1:]))
     tallies: dict[str, Tally] = {}
     total = sum(len(member.pieces) for member in found)
     with replacing(output) as (file,):
@@ -98,6 +101,7 @@ def write(path: Path, output: Path, thorough: bool, said: Said) -> dict[str, Tal
         for member in found:
             parts.append(packer.add(member, lambda: said(packer.done, total)))
         _finish(file, b"".join(parts))
+        check_unchanged(files)
     return tallies
 
 
