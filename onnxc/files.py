@@ -9,9 +9,9 @@ here, so what one left is removed when it is a day old.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
-import socket
 import stat
 import tempfile
 import time
@@ -29,7 +29,7 @@ fcntl: Any = None
 with suppress(ImportError):  # there is none on Windows, where nothing is swept
     import fcntl
 
-HERE = f"onnxc-{zlib.crc32(socket.gethostname().encode()):08x}-"
+HERE = f"onnxc-{zlib.crc32(platform.node().encode()):08x}-"
 END = ".tmp"
 OURS = re.compile(r"\.?(onnxc-[0-9a-f]{8}-)\w{8,32}\.tmp")
 OLD = 24 * 3600.0  # seconds

@@ -34,7 +34,8 @@ WRITING = os.O_WRONLY | os.O_RDWR
 class Case:
     """One command in a folder, and its fault; without one, the changes of files are counted.
 
-    kill_at: number of the change, from 0, before which it is killed. kill_after: seconds.
+    kill_at: number of the change, from 0, before which it is killed. stop_at: before which it is
+    interrupted, as by Ctrl-C. kill_after: seconds.
     limits: of resources, by their name in `resource`, in bytes. stdout: a file, or "closed" where
     nobody reads it. patience: seconds after which it is held to hang. output: a file that gets the
     content OLD before.
@@ -43,6 +44,7 @@ class Case:
     folder: str
     arguments: list[str]
     kill_at: int = -1
+    stop_at: int = -1
     kill_after: float = 0.0
     limits: dict[str, int] = field(default_factory=dict)
     stdout: str = ""
@@ -135,11 +137,12 @@ def _suffer(case: Case, out: Path, err: Path, changes: Path) -> None:
 
     os.chdir(case.folder)
     tempfile.tempdir = str(Path("temporary").absolute())
-    counter = _Counter(case.kill_at)
+    counter = _Counter(case.kill_at, case.stop_at)
     for name, size in case.limits.items():
         _limit(name, size)
     if case.kill_after:
         signal.setitimer(signal.ITIMER_REAL, case.kill_after)  # SIGALRM, which nobody handles
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     sys.addaudithook(counter)
     code = 0
     try:
@@ -165,10 +168,10 @@ def _limit(name: str, size: int) -> None:
 
 
 class _Counter:
-    """Counts changes of files, and kills the process before one of them."""
+    """Counts changes of files, and kills or interrupts the process before one of them."""
 
-    def __init__(self, kill_at: int) -> None:
-        self.kill_at, self.count = kill_at, 0
+    def __init__(self, kill_at: int, stop_at: int) -> None:
+        self.kill_at, self.stop_at, self.count = kill_at, stop_at, 0
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         is_open = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
@@ -176,6 +179,8 @@ class _Counter:
             return
         if self.count == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.count == self.stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
         self.count += 1
 
 

@@ -1,7 +1,7 @@
 """Prints constraints for pip: the oldest release that pyproject.toml allows of each package.
 
-    python tests/oldest.py oldest    numpy==1.26 and so on
-    python tests/oldest.py newest    nothing: pip takes the newest that is allowed
+python tests/oldest.py oldest    numpy==1.26 and so on
+python tests/oldest.py newest    nothing: pip takes the newest that is allowed
 """
 
 from __future__ import annotations

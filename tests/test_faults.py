@@ -123,6 +123,19 @@ def test_killed_at_any_change_of_a_file(name: str, bench: Bench) -> None:
     assert (again.code, again.digest, again.left) == (0, whole.digest, whole.left)
 
 
+@pytest.mark.parametrize("name", slow_but("merge"))
+def test_interrupted_at_any_change_of_a_file(name: str, bench: Bench) -> None:
+    """Ctrl-C: nothing temporary is left, at once."""
+    bench.prepare(name)
+    whole = bench.command(name)
+    for at in moments(whole.changes):
+        found = bench.command(name, stop_at=at)
+        assert found.code == 130, found
+        assert found.err == "Interrupted; no partial file was left.\n"
+        check_survived(found, whole)
+        assert temporary(found) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_at_any_time(name: str, bench: Bench) -> None:
