@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself; a second call installs nothing.
-.PHONY: demo test check nightly bench clean
+.PHONY: demo test check nightly test-matrix bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,12 +26,20 @@ check: $(VENV)/.installed-dev
 nightly: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
+# The quick suite with the oldest and with the newest release of everything that pyproject.toml
+# allows, and what is built installed where nothing else is; this needs a package index.
+test-matrix: $(VENV)-oldest/.installed $(VENV)-newest/.installed
+	@set -e; for end in oldest newest; do echo "$$end:"; \
+	  $(VENV)-$$end/bin/python -m pip list --format=freeze | grep -E '^(numpy|onnx|click|rich)'; \
+	  $(VENV)-$$end/bin/python -m pytest -n 2 --dist worksteal $(TESTS); done
+	$(VENV)-newest/bin/python tests/fresh.py
+
 bench: $(VENV)/.installed-dev
 	@set -e; for script in $(sort $(wildcard tests/bench/*.py)); do \
 	  echo "$$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest demo build dist
 
 # The stamps are newer than pyproject.toml exactly when the installed packages are up to date.
 $(VENV)/.installed-all: pyproject.toml | $(BIN)/python
@@ -41,6 +49,13 @@ $(VENV)/.installed-all: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $(VENV)/.installed-all $@
+
+$(VENV)-%/.installed: pyproject.toml tests/oldest.py | $(BIN)/python
+	rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python tests/oldest.py $* > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet -c $(@D)/constraints.txt -e '.[dev]'
+	@touch $@
 
 $(BIN)/python:
 	@for python in $(CANDIDATES); do \

@@ -22,7 +22,6 @@ import logging
 import pickle
 import re
 import signal
-import tempfile
 import time
 import uuid
 import warnings
@@ -36,6 +35,7 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from onnxc.errors import ClusterError, ModelError, OptionError
+from onnxc.files import TemporaryFolder
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -77,7 +77,7 @@ def connected(scheduler: str | None = None, workers: int | None = None) -> Itera
         stack.enter_context(_quiet())
         address: Any = scheduler
         if workers is not None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxc-"))
+            folder = stack.enter_context(TemporaryFolder())
             address = stack.enter_context(_closing(_local(distributed, workers, folder)))
         yield stack.enter_context(_closing(_client(distributed, address)))
 

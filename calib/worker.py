@@ -12,7 +12,7 @@ from typing import Any
 
 from distributed import WorkerPlugin, get_worker
 
-from onnxc.errors import OnnxcError
+from onnxc.errors import ClusterError, OnnxcError
 
 LIBRARIES = ("onnxc", "onnxruntime", "numpy")  # of other versions they may round differently
 LOADED: Counter[str] = Counter()  # how often this process unpacked each job
@@ -55,7 +55,11 @@ class Job(WorkerPlugin):  # type: ignore[misc]
 
 
 def perform(name: str, function: Callable[[Any, Any], Any], item: Any) -> Outcome:
-    """A task: function(job, item) with the job of that name."""
+    """A task: function(job, item) with the job of that name.
+
+    Whatever goes wrong is told to the client, which would wait for ever for a task that ends
+    with SystemExit, and knows no place in our code to look at for the rest.
+    """
     plugin = get_worker().plugins[name]
     mine = versions()
     odd = ", ".join(f"{n} {v}" for n, v in mine.items() if plugin.versions[n] != v)
@@ -63,6 +67,9 @@ def perform(name: str, function: Callable[[Any, Any], Any], item: Any) -> Outcom
         return Outcome(plugin.address, odd, function(plugin.unpacked(name), item))
     except OnnxcError as error:
         return Outcome(plugin.address, odd, error=error)
+    except BaseException as error:  # noqa: BLE001
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Outcome(plugin.address, odd, error=ClusterError(f"worker {plugin.address}: {told}"))
 
 
 def versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ from onnxc.graph import size as model_size
 from onnxc.html.page import write_html
 from onnxc.opening import openings
 from onnxc.pairs import excess
-from onnxc.paths import check_folder, existing
+from onnxc.paths import check_folder, check_unchanged, existing
 from onnxc.quantization import QuantizeSettings
 from onnxc.report import Benchmark, Effect, Measure, Preview, Report, Validation
 from onnxc.request import (
@@ -190,6 +190,7 @@ def write(task: Task, request: Request) -> Report:
     is_written = not (request.strict and missed)
     if is_written:
         say("writing")
+        check_unchanged(job.files)
         store(found.model, job.output)
     report = _blamed(_report(job, found, missed, is_written), job, found, request)
     return replace(report, memory_peak=peak_memory(), seconds=time.perf_counter() - start)

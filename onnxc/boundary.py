@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ValueInfoProto
+
+from onnxc.files import TemporaryFolder
 
 IN_MEMORY = 16 << 20  # bytes of tensors that stay in memory
 
@@ -33,7 +34,7 @@ class Boundary:
     """Tensors by batch and name, in a temporary folder that goes when the block ends."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="onnxc-")
+        self.folder = TemporaryFolder()
         self.near: dict[str, dict[int, Array]] = {}
         self.far: dict[str, dict[int, Place]] = {}
         self.numbers: dict[str, int] = {}

@@ -36,7 +36,7 @@ from onnxc.errors import OptionError
 from onnxc.graph import bound, captured, load, opset, walk
 from onnxc.moments import moments_keys, why_no_moments
 from onnxc.ops import knowledge
-from onnxc.paths import check_output, existing
+from onnxc.paths import check_output, check_unchanged, existing, stamps
 from onnxc.pipeline import prepare
 from onnxc.placement import behind_activation, differences
 from onnxc.report import Calibrated
@@ -86,10 +86,13 @@ def calibrate(
     _check_what(what)
     place = check_output(output, path, data)
     say("loading")
+    files = stamps(path, data)
     opened = load(path)
     memory = max_memory or enough_memory(path)
     opened = bound(opened, memory)
-    check_output(place, *external_files(path))
+    beside = external_files(path)
+    check_output(place, *beside)
+    files |= stamps(*beside)
     dataset = open_data(data, input_specs(path), preprocess, samples, seed)
     try_out(path, dataset, Runtime(), memory)
     digest, feed = merge.digest(opened), next(iter(dataset.batches(1)))
@@ -111,6 +114,7 @@ def calibrate(
     lost = frozenset(keys) - found.stats.keys()
     gathered = Statistics(found.stats, digest, graph, digests, made, dataset.preparation, lost)
     say("writing")
+    check_unchanged(files)
     statistics.save(gathered, place)
     skips = tuple(_without_moments(opened.graph)) if "moments" in what else ()
     notes = (*opened.notes, *dataset.notes, *found.notes)
@@ -126,7 +130,7 @@ def merge_statistics(files: Iterable[ModelPath], *, output: ModelPath) -> Calibr
     start, paths = time.perf_counter(), [Path(file) for file in files]
     if len(paths) < 2:
         raise OptionError("there is nothing to merge: give two statistics files or more")
-    place = check_output(output)
+    place = check_output(output, *paths)
     merged = merge.merge(paths)
     statistics.save(merged, place)
     return _report(merged, place, tuple(map(str, paths)), start, tuple(_differences(merged)))

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -21,10 +22,12 @@ from typing import Any, NoReturn
 import click
 
 from onnxc import refuse_strangers
-from onnxc.errors import OnnxcError
+from onnxc.errors import OnnxcError, why
 
 GOOD, MISSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 GRACE = 1.0  # seconds to clean up in
+LEAST = 256_000_000  # bytes of address space, below which libraries end the process as they load
+NO_MEMORY = "Error: there is not enough memory; try --max-memory or --samples, or allow more"
 STOPPED = "Interrupted; no partial file was left."
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -37,16 +40,30 @@ class StoppedError(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code."""
+    allowed = _allowed()
+    if allowed < LEAST:
+        told = f"ulimit -v allows {allowed / 1e6:.0f} MB, and libraries alone take more than"
+        sys.exit(_say(f"Error: {told} {LEAST / 1e6:.0f}; allow more", BAD_INPUT))
     former = {number: signal.getsignal(number) for number in SIGNALS}
     heeded = [n for n, handler in former.items() if handler is not signal.SIG_IGN]  # not by nohup
     _handle(dict.fromkeys(heeded, _leave))
-    with suppress(ImportError):  # told by `run`
+    with suppress(ImportError, MemoryError, SystemError):  # told by `run`
         refuse_strangers()
         import_module("onnxc.commands")
     with stoppable(heeded):
         code = run(arguments)
     _handle(former)
     sys.exit(code)
+
+
+def _allowed() -> float:
+    """Bytes of address space that the process may take."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -89,21 +106,30 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _say(f"Error: {error}", BAD_INPUT)
     try:
-        from onnxc.commands import onnxc  # it imports passes and calib: only after the guard
-
+        onnxc = import_module("onnxc.commands").onnxc  # only after the guard
+    except MemoryError:
+        return _say(NO_MEMORY, BAD_INPUT)
+    except (ImportError, SystemError) as error:  # also where a library does not fit into memory
+        return _say(f"Error: onnxc cannot start: {_text(error)}", BAD_INPUT)
+    try:
         result = onnxc.main(arguments, prog_name="onnxc", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         return _say(STOPPED, INTERRUPTED)
     except click.ClickException as error:
         return _say(f"Error: {_sentence(error)}", BAD_INPUT)
-    except BrokenPipeError:  # the reader of a pipe has left
-        sys.stdout = None
+    except SystemExit:  # click leaves so, with 1, where the reader of a help text has left
         return GOOD
-    except MemoryError:
-        return _say("Error: there is not enough memory; try --max-memory or --samples", BAD_INPUT)
+    except _of_memory():
+        return _say(NO_MEMORY, BAD_INPUT)
     except (OnnxcError, OSError) as error:
         return _say(f"Error: {_text(error)}", BAD_INPUT)
     return result if isinstance(result, int) else GOOD
+
+
+def _of_memory() -> tuple[type[Exception], ...]:
+    """What is raised where memory is short; protobuf has an error of its own for it."""
+    protobuf = sys.modules.get("google.protobuf.message")
+    return (MemoryError, *([protobuf.EncodeError] if protobuf else []))
 
 
 def _say(sentence: str, code: int) -> int:
@@ -120,6 +146,6 @@ def _sentence(error: click.ClickException) -> str:
 
 def _text(error: BaseException) -> str:
     """One line; for the system's errors, which file and what."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'the disk'}: {error.strerror}"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the disk'}: {why(error)}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from calib.data import Preprocess
 from onnxc import api, console, options, recipe, report
 from onnxc.analysis_view import render_analysis
 from onnxc.html import page
+from onnxc.paths import check_output
 from onnxc.report import Report
 from onnxc.tasks import CLUSTER, COMPRESS, FACTORIZE, PRUNE, QUANTIZE, SPARSIFY, Task
 
@@ -259,7 +261,8 @@ def compress(context: click.Context, /, **settings: Any) -> int:
         found = api.compress(settings["model"], **request, **bounds, progress=say, client=client)
     _present(found, console.render, settings)
     if settings["print_recipe"] and not settings["as_json"]:
-        click.echo(found.recipe)
+        with reader():
+            click.echo(found.recipe)
     return EXIT_MISSED if found.missed else 0
 
 
@@ -279,7 +282,8 @@ def _write(
         found = write(settings["model"], **request, **bounds, progress=say, client=client)
     _present(found, console.render, settings)
     if settings["print_recipe"] and not settings["as_json"]:
-        click.echo(found.recipe)
+        with reader():
+            click.echo(found.recipe)
     return EXIT_MISSED if found.missed else 0
 
 
@@ -287,6 +291,8 @@ def _request(task: Task, context: click.Context, settings: dict[str, Any]) -> di
     """What to do and how: the recipe, and whatever was written beside it."""
     chosen = options.given(context, options.names(task.settings))
     replayed = recipe.load(settings["recipe"]) if settings["recipe"] else None
+    if replayed is not None and settings["output"] is not None:
+        check_output(settings["output"], settings["recipe"])
     if replayed is not None and replayed.passes:
         replayed = replace(replayed, passes=recipe.adjust(replayed.passes, chosen))
     override = options.given(context, ("target", "seed", "include", "exclude", "samples"))
@@ -400,10 +406,22 @@ def _present(found: Any, render: Render, settings: dict[str, Any]) -> None:
 
 def show(found: Any, render: Render, as_json: bool, quiet: bool) -> None:
     """Write a report to standard output, as JSON or for a reader."""
-    if as_json:
-        click.echo(report.to_json(found))
-    elif not quiet:
-        Console(highlight=False, soft_wrap=False).print(render(found))
+    with reader():
+        if as_json:
+            click.echo(report.to_json(found))
+        elif not quiet:
+            Console(highlight=False, soft_wrap=False).print(render(found))
+
+
+@contextmanager
+def reader() -> Iterator[None]:
+    """Somebody reads standard output; one who has left is no error, and changes no exit code."""
+    try:
+        yield
+    except (BrokenPipeError, SystemExit):  # the latter from rich
+        sys.stdout = None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 @contextmanager

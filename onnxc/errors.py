@@ -1,5 +1,9 @@
 """Errors that a user can act on: one plain sentence each, and exit code 2 on the command line."""
 
+import re
+
+_SHORT = re.compile(r"\d+ requested and \d+ written")
+
 
 class OnnxcError(Exception):
     """Bad input. The message names the file, node or key, and says what to do."""
@@ -19,3 +23,9 @@ class OptionError(OnnxcError):
 
 class ClusterError(OnnxcError):
     """Workers on other processors cannot be reached, or do not live long enough to work."""
+
+
+def why(error: OSError) -> str:
+    """What the system refused, in one line; NumPy tells only that less was written than asked."""
+    told = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return "No space left on device" if _SHORT.fullmatch(told) else told

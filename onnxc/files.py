@@ -1,15 +1,38 @@
-"""Files that appear whole or not at all: temporary file in the same folder, fsync, rename."""
+"""Files that appear whole or not at all: temporary file in the same folder, fsync, rename.
+
+What is temporary is locked as long as the process lives that made it. A process that is killed
+cannot clean up behind itself, but its locks go with it: the next one that writes into the same
+folder sees that the file is nobody's, and removes it. Locks of another machine may not be seen
+here, so what one left is removed when it is a day old.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
+import shutil
+import stat
+import tempfile
+import time
+import weakref
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from uuid import uuid4
 
-from onnxc.errors import OptionError
+from onnxc.errors import OptionError, why
+
+fcntl: Any = None
+with suppress(ImportError):  # there is none on Windows, where nothing is swept
+    import fcntl
+
+HERE = f"onnxc-{zlib.crc32(platform.node().encode()):08x}-"
+END = ".tmp"
+OURS = re.compile(r"\.?(onnxc-[0-9a-f]{8}-)\w{8,32}\.tmp")
+OLD = 24 * 3600.0  # seconds
 
 
 @contextmanager
@@ -20,18 +43,25 @@ def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
     Raises OptionError when a path cannot be written or the disk is full.
     """
     targets = [Path(path) for path in paths]
-    temporary = [target.with_name(f".onnxc-{uuid4().hex}.tmp") for target in targets]
+    folders = {target.parent for target in targets}
+    for folder in folders:
+        sweep(folder)
+    temporary = [target.with_name(f".{HERE}{uuid4().hex}{END}") for target in targets]
     pairs = list(zip(temporary, targets, strict=True))
     try:
-        with ExitStack() as stack:
-            files = [stack.enter_context(_create(t, at)) for t, at in pairs]
-            yield files
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-        for source, target in pairs:
-            source.replace(target)
-        _sync_folder(targets[0].parent)
+        with ExitStack() as locks:
+            with ExitStack() as stack:
+                files = [stack.enter_context(_create(t, at)) for t, at in pairs]
+                for file in files:
+                    _keep_lock(file, locks)
+                yield files
+                for file in files:
+                    file.flush()
+                    os.fsync(file.fileno())
+            for source, target in pairs:
+                source.replace(target)
+            for folder in folders:
+                _sync(folder)
     except OSError as error:
         raise OptionError(_sentence(targets[-1], error)) from error
     finally:
@@ -40,13 +70,82 @@ def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
                 leftover.unlink()
 
 
+class TemporaryFolder(tempfile.TemporaryDirectory[str]):
+    """A folder that goes with its block, with the object, or with the process.
+
+    beside: the folder that it is made in, by default the system's one for temporary files.
+    """
+
+    def __init__(self, beside: Path | None = None) -> None:
+        folder = Path(tempfile.gettempdir()) if beside is None else beside
+        hidden = "" if beside is None else "."
+        sweep(folder)
+        super().__init__(END, f"{hidden}{HERE}", folder)
+        if fcntl is not None:
+            weakref.finalize(self, os.close, _claimed(self.name))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that live no more have left in a folder."""
+    if fcntl is None or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        found = OURS.fullmatch(path.name)
+        if found:
+            with suppress(OSError):  # it is locked, or was removed by another sweep
+                _remove(path, found[1] == HERE)
+
+
+def _remove(path: Path, is_of_here: bool) -> None:
+    """Remove what is nobody's. Raises OSError where it is somebody's."""
+    if not is_of_here and time.time() - path.lstat().st_mtime < OLD:
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        shutil.rmtree(path) if is_folder else path.unlink()
+    finally:
+        os.close(handle)
+
+
 def _create(temporary: Path, target: Path) -> BinaryIO:
+    """Open a new file, locked; once more where a sweep came in between."""
     if target.is_dir():
         raise IsADirectoryError(None, "it is a folder; give the name of a file", str(target))
-    return temporary.open("xb")
+    file = temporary.open("xb")
+    _lock(file.fileno())
+    if temporary.exists():
+        return file
+    file.close()
+    return _create(temporary, target)
 
 
-def _sync_folder(folder: Path) -> None:
+def _claimed(folder: str) -> int:
+    """A handle on a folder that was just made, locked; it is made again where it was swept."""
+    with suppress(FileNotFoundError):
+        handle = os.open(folder, os.O_RDONLY)
+        _lock(handle)
+        if Path(folder).exists():
+            return handle
+        os.close(handle)
+    Path(folder).mkdir(mode=0o700)
+    return _claimed(folder)
+
+
+def _lock(handle: int) -> None:
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks: nothing is swept there
+            fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _keep_lock(file: BinaryIO, stack: ExitStack) -> None:
+    """Let the lock of a file last beyond its end: until it has its name."""
+    if fcntl is not None:  # Windows renames no open file
+        stack.callback(os.close, os.dup(file.fileno()))
+
+
+def _sync(folder: Path) -> None:
     """Make the renames durable, where the system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -59,4 +158,4 @@ def _sync_folder(folder: Path) -> None:
 def _sentence(target: Path, error: OSError) -> str:
     if not target.parent.is_dir():
         return f"cannot write {target}: there is no folder {target.parent}"
-    return f"cannot write {target}: {error.strerror or error}"
+    return f"cannot write {target}: {why(error)}"

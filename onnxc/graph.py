@@ -7,7 +7,6 @@ its documentation in an envelope (`onnxc.envelope`). Passes edit `model.graph` w
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ from onnxc.edit import (
 )
 from onnxc.envelope import Envelope
 from onnxc.errors import ModelError
-from onnxc.files import replacing
+from onnxc.files import TemporaryFolder, replacing
 from onnxc.storage.package import plain
 
 __all__ = [
@@ -192,7 +191,7 @@ def stored(proto: onnx.ModelProto, held: list[weights.Values]) -> Iterator[bytes
     if sum(map(weights.size, held)) <= SPLIT:
         yield _serialize(proto, held)
         return
-    with tempfile.TemporaryDirectory(prefix="onnxc-") as folder:
+    with TemporaryFolder() as folder:
         path = Path(folder) / "model.onnx"
         _write(proto, held, path)
         yield path

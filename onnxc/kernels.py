@@ -9,7 +9,6 @@ level "extended"; what "all" adds moves layouts and hides names, so it is left o
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -19,6 +18,7 @@ import onnx
 
 from onnxc.boundary import Boundary
 from onnxc.cuts import BASE
+from onnxc.files import TemporaryFolder
 from onnxc.graph import Model, read, skeleton
 from onnxc.runtime import Runtime, session
 from onnxc.stages import open_stages
@@ -106,7 +106,7 @@ def coverage(model: Model | bytes | Path, runtime: Runtime = Runtime()) -> Cover
 
 def _optimized(model: Model | bytes | Path, runtime: Runtime) -> Iterator[onnx.GraphProto]:
     """The optimized graph, or those of the stages of a model that does not fit in its bound."""
-    with tempfile.TemporaryDirectory(prefix="onnxc-") as folder:
+    with TemporaryFolder() as folder:
         dump = Path(folder) / "optimized.onnx"
         if not isinstance(model, Model):
             session(model, runtime, dump)

@@ -25,12 +25,13 @@ from onnxc import weights
 from onnxc.errors import ModelError
 
 _LOWEST_IR, _HIGHEST_IR = 8, 10  # initializers need no input · what ONNX Runtime 1.22 reads
+_FLOAT8E8M0 = 24  # TensorProto has the name from onnx 1.19 on
 _IR_OF_TYPES = (  # element types that came with an ir_version
     (range(TensorProto.FLOAT8E4M3FN, TensorProto.UINT4), 9),
     (range(TensorProto.UINT4, TensorProto.FLOAT4E2M1), 10),
-    (range(TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E8M0), 11),
-    (range(TensorProto.FLOAT8E8M0, TensorProto.FLOAT8E8M0 + 1), 12),
-    (range(TensorProto.FLOAT8E8M0 + 1, 64), 13),
+    (range(TensorProto.FLOAT4E2M1, _FLOAT8E8M0), 11),
+    (range(_FLOAT8E8M0, _FLOAT8E8M0 + 1), 12),
+    (range(_FLOAT8E8M0 + 1, 64), 13),
 )
 _UNCHECKED = "unchecked"
 _EXPERIMENTAL = frozenset(  # ops of opset 1 without a schema: the checker prints that it skips them

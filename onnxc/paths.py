@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,29 @@ def check_output(output: str | Path, *inputs: Any) -> Path:
     if not is_open:
         raise OptionError(f"output {path} is not writable; give another place")
     return path
+
+
+Stamp = tuple[int, int, int, int]
+
+
+def stamps(*inputs: Any) -> dict[Path, Stamp]:
+    """How the files among these are now; what is no path to a file is passed over."""
+    paths = [Path(source) for source in inputs if isinstance(source, str | Path)]
+    return {path: _stamp(path) for path in paths if path.is_file()}
+
+
+def check_unchanged(before: Mapping[Path, Stamp]) -> None:
+    """Raise ModelError where a file is not what it was: what was read of it may be of both."""
+    for path, stamp in before.items():
+        if not path.is_file():
+            raise ModelError(f"{path} went away while it was read; nothing was written")
+        if _stamp(path) != stamp:
+            raise ModelError(f"{path} changed while it was read; nothing was written: try again")
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _is_same(path: Path, source: Any) -> bool:

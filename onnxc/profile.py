@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from onnxc.bench import Length
+from onnxc.files import TemporaryFolder
 from onnxc.graph import Model, runnable
 from onnxc.ops import knowledge
 from onnxc.runtime import Runtime, run, session
@@ -40,7 +40,7 @@ def node_times(
     Kernels that belong to no node, such as changes of the memory layout, are under "". Raises
     ModelError when the model cannot be run.
     """
-    with tempfile.TemporaryDirectory(prefix="onnxc-") as folder, runnable(model) as source:
+    with TemporaryFolder() as folder, runnable(model) as source:
         opened = session(source, runtime, profile=Path(folder) / "times")
         start = time.perf_counter()
         for count in itertools.count():

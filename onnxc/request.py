@@ -24,7 +24,7 @@ from onnxc.cuts import BASE
 from onnxc.errors import DataError, ModelError, OptionError
 from onnxc.fidelity import check_labels
 from onnxc.graph import OUTLINED, Model, bound, load
-from onnxc.paths import check_output, default_output, existing
+from onnxc.paths import Stamp, check_output, default_output, existing, stamps
 from onnxc.pipeline import Calibration
 from onnxc.recipe import Recipe
 from onnxc.runtime import LEVELS, Runtime, dtype_of, provider_name, run, session
@@ -109,7 +109,7 @@ class Job:
     """A checked request: nothing long has been done yet.
 
     source: the data, as given or as the recipe says. recipe: with the options in place. samples:
-    what makes statistics, chooses and judges.
+    what makes statistics, chooses and judges. files: that are read, as they were at the start.
     """
 
     path: Path
@@ -122,6 +122,7 @@ class Job:
     samples: Samples
     runtime: Runtime = Runtime()
     say: Progress = silent
+    files: Mapping[Path, Stamp] = field(default_factory=dict)
 
     @property
     def headline(self) -> str:
@@ -188,10 +189,12 @@ def checked(task: Task, request: Request) -> Job:
     output = request.output or default_output(path, settings.suffix)
     place = check_output(output, path, source, val, wanted.stats)
     request.say("loading")
+    files = stamps(path, source, val, wanted.stats)
     opened = load(path)
+    beside = external_files(path)
     memory = wanted.max_memory or enough_memory(path)
     opened = bound(opened, memory)
-    check_output(place, *external_files(path))
+    check_output(place, *beside)
     check_input(opened, str(path))
     only = given.only.resolve(opened.graph)
     known = None if wanted.stats is None else statistics.load(wanted.stats, digest(opened))
@@ -201,7 +204,8 @@ def checked(task: Task, request: Request) -> Job:
     calibration = Calibration(
         samples.kept, memory, threads=THREADS, known=known, client=request.client
     )
-    rest = (plan, exact, source, calibration, samples, request.runtime, request.say)
+    files |= stamps(*beside)
+    rest = (plan, exact, source, calibration, samples, request.runtime, request.say, files)
     return Job(path, place, opened, *rest)
 
 

@@ -7,7 +7,6 @@ folder/test_data_set_k/input_i.pb, output_i.pb
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from calib.data import Dataset
 from onnxc.cost import external_files
 from onnxc.errors import ModelError
+from onnxc.files import TemporaryFolder
 from onnxc.graph import Model
 from onnxc.pairs import Subject
 from onnxc.runtime import Runtime, run, session
@@ -42,7 +42,7 @@ def write_vectors(
     The folder appears whole or not at all. Raises ModelError for an output that is not a tensor.
     """
     compute = _running(reference, next(iter(dataset.batches(1))), runtime)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".onnxc-") as temporary:
+    with TemporaryFolder(folder.parent) as temporary:
         made = Path(temporary) / "vectors"
         _copy_model(candidate, made / "model.onnx")
         for number, feed in enumerate(islice(dataset.batches(1), SETS)):

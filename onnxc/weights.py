@@ -8,7 +8,6 @@ numbers are filled in again. A skeleton, a protobuf with stubs, is small whateve
 from __future__ import annotations
 
 import os
-import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxc.errors import ModelError
+from onnxc.files import TemporaryFolder
 
 LARGE = 1 << 17  # bytes from which on a value of a big model goes to disk
 PIECE = 8 << 20  # bytes that are read at once
@@ -63,7 +63,7 @@ class Scratch:
     """Values that do not fit in memory: each in a temporary file that lives as long as they do."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="onnxc-")
+        self.folder = TemporaryFolder()
         self.count = 0
 
     def keep(self, values: NDArray[Any]) -> ExternalValues:
@@ -80,7 +80,7 @@ class Scratch:
         return kept
 
 
-def _forget(path: Path, folder: tempfile.TemporaryDirectory[str]) -> None:
+def _forget(path: Path, folder: TemporaryFolder) -> None:
     """Remove the file of values that nobody holds any more; the folder outlives them all."""
     path.unlink(missing_ok=True)
 

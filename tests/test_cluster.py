@@ -262,6 +262,30 @@ def test_a_worker_killed_half_way_takes_nothing_with_it(
     assert any("1 worker was lost (tcp://127.0.0.1:" in note for note in found.notes), found.notes
 
 
+class Unreadable:
+    """A job that a worker cannot unpack."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        return fail, (self.error,)
+
+
+def fail(error: BaseException, item: int = 0) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("error", [AttributeError("gone"), SystemExit(3), MemoryError()])
+@pytest.mark.parametrize("where", ["job", "task"])
+def test_what_goes_wrong_in_a_worker_is_one_sentence(
+    workers: Any, error: BaseException, where: str
+) -> None:
+    function, job = (twice, Unreadable(error)) if where == "job" else (fail, error)
+    with pytest.raises(ClusterError, match=rf"worker tcp\S+: {type(error).__name__}: "):
+        list(Crew(workers).each(function, job, [0, 1]))  # type: ignore[arg-type]
+
+
 def test_a_task_that_kills_every_worker_ends_in_a_sentence(workers: Any) -> None:
     client = with_workers(workers, 2)
     with pytest.raises(ClusterError, match="took down 2 workers, the last at tcp"):

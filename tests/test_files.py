@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from onnxc import files
 from onnxc.errors import OptionError
-from onnxc.files import replacing
+from onnxc.files import END, HERE, OLD, TemporaryFolder, replacing, sweep
 
 
 def failing(error: BaseException) -> Callable[[int], None]:
@@ -76,3 +77,97 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OptionError, match="Permission denied"):
         replacing(tmp_path / "a").__enter__()
+
+
+# --- what processes that were killed have left
+
+
+ELSEWHERE = "onnxc-0badcafe-"
+needs_locks = pytest.mark.skipif(files.fcntl is None, reason="nothing is swept without locks")
+
+
+def left(folder: Path, name: str, age: float = 0.0) -> Path:
+    path = folder / name
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+@needs_locks
+def test_what_is_nobodys_is_removed_by_the_next_run(tmp_path: Path) -> None:
+    left(tmp_path, f".{HERE}{'0' * 32}{END}")
+    left(tmp_path, f".{ELSEWHERE}{'0' * 32}{END}", OLD + 60)
+    folder = tmp_path / f"{HERE}abcdefgh{END}"
+    (folder / "deep").mkdir(parents=True)
+    left(folder / "deep", "weights")
+    with replacing(tmp_path / "a") as (file,):
+        file.write(b"x")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@needs_locks
+def test_what_is_somebodys_stays(tmp_path: Path) -> None:
+    kept = [
+        left(tmp_path, f".{ELSEWHERE}{'0' * 32}{END}", OLD - 60),
+        *(left(tmp_path, name, 2 * OLD) for name in ("onnxc-results.tmp", ".onnxc-1.tmp", "x")),
+        left(tmp_path, f"{HERE}abcdefgh{END}.onnx", 2 * OLD),
+    ]
+    (tmp_path / "elsewhere").mkdir()
+    kept.append(left(tmp_path / "elsewhere", "precious"))
+    (tmp_path / f"{HERE}abcdefgh{END}").symlink_to(tmp_path / "elsewhere")
+    with TemporaryFolder(tmp_path) as folder, replacing(tmp_path / "a") as (file,):
+        Path(folder, "b").write_bytes(b"y")
+        sweep(tmp_path)
+        file.write(b"x")
+        assert Path(folder, "b").read_bytes() == b"y"
+    assert not Path(folder).exists()
+    assert (tmp_path / "a").read_bytes() == b"x"
+    assert all(path.read_bytes() == b"half" for path in kept)
+
+
+@needs_locks
+def test_a_sweep_between_making_and_locking_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, times = files._lock, [0]
+
+    def late(handle: int) -> None:
+        times[0] += 1
+        if times[0] == 1:
+            sweep(tmp_path)
+        lock(handle)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with replacing(tmp_path / "a") as (file,):
+        file.write(b"x")
+    assert (tmp_path / "a").read_bytes() == b"x"
+    times[0] = 0
+    with TemporaryFolder(tmp_path) as folder:
+        assert Path(folder).is_dir()
+    assert times == [2]
+
+
+@needs_locks
+def test_the_lock_lasts_until_the_file_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def swept(source: Path, target: Path) -> None:
+        sweep(tmp_path)
+        replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", swept)
+    with replacing(tmp_path / "a", tmp_path / "b") as (one, two):
+        one.write(b"1")
+        two.write(b"2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_two_that_write_one_file_leave_one_of_them_whole(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a") as (one,):
+        one.write(b"first " * 1000)
+        with replacing(tmp_path / "a") as (two,):
+            two.write(b"second " * 1000)
+        assert (tmp_path / "a").read_bytes() == b"second " * 1000
+    assert (tmp_path / "a").read_bytes() == b"first " * 1000

@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from oldest import constraints
 
 import onnxc
 from onnxc.recipe import shipped
@@ -33,8 +35,8 @@ def python(*arguments: str, first: Path | None = None) -> subprocess.CompletedPr
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the files in a wheel built from a copy of the sources."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources as an sdist holds them, and `dist` with a wheel built from these."""
     if int(version("setuptools").split(".")[0]) < 77:
         pytest.skip("building the wheel offline needs setuptools 77 or newer")
     copy = tmp_path_factory.mktemp("source")
@@ -43,11 +45,56 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
     for file in (p for p in ROOT.iterdir() if p.suffix in (".toml", ".md") or p.name == "LICENSE"):
         shutil.copy(file, copy)
-    options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
-    done = python("-m", "pip", "wheel", str(copy), *options, "-w", str(copy / "dist"))
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    done = python("-c", code, first=copy)
     assert done.returncode == 0, done.stderr
-    (built,) = (copy / "dist").glob("onnxc-*.whl")
-    return zipfile.ZipFile(built).namelist()
+    with tarfile.open(next(copy.glob("dist/*.tar.gz"))) as archive:
+        archive.extractall(copy / "sdist", filter="data")
+    (source,) = (copy / "sdist").iterdir()
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
+    done = python("-m", "pip", "wheel", str(source), *options, "-w", str(source / "dist"))
+    assert done.returncode == 0, done.stderr
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> list[str]:
+    """Names of the files in the wheel."""
+    (path,) = built.glob("dist/onnxc-*.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def test_the_sdist_holds_what_the_repository_does(built: Path) -> None:
+    for name in PACKAGES:
+        mine, theirs = (
+            {p.relative_to(top) for p in (top / name).rglob("*") if "__pycache__" not in p.parts}
+            for top in (ROOT, built)
+        )
+        assert theirs == mine
+    assert (built / "LICENSE").is_file()
+
+
+def test_an_installed_wheel_works_far_from_the_repository(built: Path, tmp_path: Path) -> None:
+    target, model = tmp_path / "installed", ROOT / "models" / "digits_cnn.onnx"
+    with zipfile.ZipFile(next(built.glob("dist/onnxc-*.whl"))) as archive:
+        archive.extractall(target)
+    settings = {"env": {**os.environ, "PYTHONPATH": str(target)}, "cwd": tmp_path}
+    code = (
+        "import sys; from onnxc import cli, schema; from onnxc.recipe import shipped\n"
+        "names = sorted(shipped())\n"
+        "recipe = ['--recipe', names[0]] if len(sys.argv) == 2 else []\n"
+        "codes = [cli.run(['quantize', sys.argv[1], '--format', 'weight-only', '--quiet', "
+        "'-o', 'out.onnx', '--html', 'page.html'])]\n"
+        "codes.append(cli.run(['quantize', sys.argv[1], *recipe, '--dry-run', '--quiet']))\n"
+        "print(cli.__file__, len(names), *codes)"
+    )
+    command = [sys.executable, "-c", code, str(model)]
+    done = subprocess.run(command, **settings, capture_output=True, text=True, check=False)  # type: ignore[call-overload]
+    assert done.stderr == ""
+    count = len(shipped())
+    assert done.stdout.split() == [str(target / "onnxc" / "cli.py"), str(count), "0", "0"]
+    assert (tmp_path / "out.onnx").stat().st_size > 1000
+    assert "</html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_wheel_holds_our_packages_and_nothing_else(wheel: list[str]) -> None:
@@ -144,7 +191,7 @@ def test_continuous_integration_runs_make_test() -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("target", ["demo", "test", "check", "bench"])
+@pytest.mark.parametrize("target", ["demo", "test", "check", "nightly", "bench"])
 def test_every_target_sets_up_its_environment(target: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -158,3 +205,26 @@ def test_every_target_sets_up_its_environment(target: str, tmp_path: Path) -> No
         (tmp_path / ".venv" / stamp).touch()
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "pip install" not in again.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_matrix_is_of_both_ends() -> None:
+    command = ["make", "--dry-run", "test-matrix"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for end in ("oldest", "newest"):
+        assert f"tests/oldest.py {end} > .venv-{end}/constraints.txt" in done.stdout
+        assert f".venv-{end}/bin/python -m pip install" in done.stdout
+    assert "tests/fresh.py" in done.stdout
+
+
+def test_the_oldest_of_everything_is_what_the_project_says() -> None:
+    pinned = dict(line.split("==") for line in constraints("oldest"))
+    lines = [*SETTINGS["project"]["dependencies"]]
+    for group in SETTINGS["project"]["optional-dependencies"].values():
+        lines += [line for line in group if not line.startswith("onnxc[")]
+    assert len(lines) > 20
+    for line in lines:
+        name, bound = line.split(">=")
+        assert pinned[name] == bound.split(",")[0]
+    assert constraints("newest") == []

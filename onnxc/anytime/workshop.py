@@ -7,7 +7,6 @@ plans begin with is made once, and what was measured of it is kept.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from onnxc.anytime.settings import Objective
 from onnxc.anytime.tallies import Estimate
 from onnxc.cost import file_bytes
 from onnxc.errors import OnnxcError
+from onnxc.files import TemporaryFolder
 from onnxc.graph import Model, copy, load, opset, to_bytes
 from onnxc.graph import size as model_size
 from onnxc.pairs import Subject
@@ -168,7 +168,7 @@ class Workshop:
         if self.objective == "energy-proxy":
             return size, energy(model, self.piece.runtime)
         if self.objective == "size" and self.suffix == SUFFIX:
-            with tempfile.TemporaryDirectory(prefix="onnxc-") as folder:
+            with TemporaryFolder() as folder:
                 place = Path(folder) / f"candidate{SUFFIX}"
                 store(model, place)
                 size = file_bytes(place)

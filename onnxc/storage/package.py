@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from typing import BinaryIO
 import numpy as np
 
 from onnxc.errors import ModelError, OptionError
-from onnxc.files import replacing
+from onnxc.files import TemporaryFolder, replacing
+from onnxc.paths import check_unchanged, stamps
 from onnxc.storage import coders, pieces, streams
 from onnxc.storage.coders import EXPANSION, Head, numbers
 from onnxc.storage.pieces import Member, Piece
@@ -89,7 +89,9 @@ def write(path: Path, output: Path, thorough: bool, said: Said) -> dict[str, Tal
     said: told how many tensors of how many are done. Raises ModelError, OptionError or OSError.
     """
     libraries()
+    files = stamps(path)
     found = pieces.members(path)
+    files |= stamps(*(member.path for member in found[1:]))
     tallies: dict[str, Tally] = {}
     total = sum(len(member.pieces) for member in found)
     with replacing(output) as (file,):
@@ -99,6 +101,7 @@ def write(path: Path, output: Path, thorough: bool, said: Said) -> dict[str, Tal
         for member in found:
             parts.append(packer.add(member, lambda: said(packer.done, total)))
         _finish(file, b"".join(parts))
+        check_unchanged(files)
     return tallies
 
 
@@ -267,7 +270,7 @@ def _check_room(folder: Path, needed: int) -> None:
         raise OptionError(f"{folder} has room for {free} bytes, but the model takes {needed}")
 
 
-_unpacked: dict[tuple[Path, int, int], tuple[tempfile.TemporaryDirectory[str], Path]] = {}
+_unpacked: dict[tuple[Path, int, int], tuple[TemporaryFolder, Path]] = {}
 
 
 def plain(path: str | Path) -> Path:
@@ -281,7 +284,7 @@ def plain(path: str | Path) -> Path:
     status = path.stat()
     key = path.resolve(), status.st_mtime_ns, status.st_size
     if key not in _unpacked:
-        folder = tempfile.TemporaryDirectory(prefix="onnxc-")
+        folder = TemporaryFolder()
         model = Path(folder.name) / f"{path.stem}.onnx"
         unpack(path, model, lambda done, total: None)
         _unpacked[key] = folder, model

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 
 from onnxc.cost import external_files, file_bytes
 from onnxc.errors import ModelError, OptionError
+from onnxc.files import TemporaryFolder
 from onnxc.graph import Model, read, save
 from onnxc.paths import check_output, existing
 from onnxc.report import Packed
@@ -30,7 +30,7 @@ def store(model: Model, output: Path) -> None:
     if output.suffix != SUFFIX:
         save(model, output)
         return
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".onnxc-") as folder:
+    with TemporaryFolder(output.parent) as folder:
         plain = Path(folder) / f"{output.stem}.onnx"
         save(model, plain)
         package.write(plain, output, False, counting(silent, "packing"))

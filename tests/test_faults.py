@@ -1,0 +1,214 @@
+"""Commands that are killed, run out of disk or memory, or lose their reader.
+
+The property: at an output there is the old file or the new one, never half of one, and what a
+killed process has left beside it is gone after the next run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import OLD, Case, Outcome, Server, serving
+
+from onnxc.files import OURS
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and sets limits")
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+MODEL, DATA = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn_calib.npz"
+FEW = ("--data", str(DATA), "--samples", "12")
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "pack": ("pack", str(MODEL)),
+    "unpack": ("unpack", "packed.onnxz"),
+    "merge": ("calibrate", "--merge", "1.stats", "2.stats"),
+    "calibrate": ("calibrate", str(MODEL), *FEW),
+    "quantize": ("quantize", str(MODEL), "--format", "weight-only", *FEW),
+    "prune": ("prune", str(MODEL), "--ratio", "0.2", *FEW),
+    "factorize": ("factorize", str(MODEL), "--params", "0.7", "--no-faster", *FEW),
+    "sparsify": ("sparsify", str(MODEL), *FEW),
+    "cluster": ("cluster", str(MODEL), *FEW),
+    "compress": ("compress", str(MODEL), "--data", str(DATA), "--max-time", "1s"),
+}
+QUICK = ("pack", "merge")
+OUTPUT = "work/out.onnx"
+MOST = 16  # moments to be killed at, of a command
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as opened:
+        yield opened
+
+
+class Bench:
+    """A folder in which commands run; `work` is for what they write."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        for name in ("work", "temporary"):
+            (folder / name).mkdir()
+
+    def run(self, *arguments: str, **fault: Any) -> Outcome:
+        return self.server.run(Case(str(self.folder), list(arguments), **fault))
+
+    def command(self, name: str, **fault: Any) -> Outcome:
+        """One of COMMANDS, over an old file."""
+        arguments = (*COMMANDS[name], "-o", OUTPUT, "--quiet")
+        return self.run(*arguments, output=OUTPUT, **fault)
+
+    def prepare(self, name: str) -> None:
+        """Write what a command reads."""
+        seen = ("--data", str(DATA), "--samples", "4", "--what", "range")
+        needed = {
+            "unpack": [("pack", str(MODEL), "-o", "packed.onnxz")],
+            "merge": [
+                ("calibrate", str(MODEL), *seen, "--seed", s, "-o", f"{s}.stats") for s in "12"
+            ],
+        }.get(name, [])
+        assert [self.run(*arguments).code for arguments in needed] == [0] * len(needed)
+
+
+@pytest.fixture
+def bench(server: Server, tmp_path: Path) -> Bench:
+    return Bench(server, tmp_path)
+
+
+def slow_but(*names: str) -> list[Any]:
+    marks = {name: () if name in names else pytest.mark.slow for name in COMMANDS}
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
+
+
+def moments(changes: int) -> list[int]:
+    """All changes of files, or some of them, the last ones among these."""
+    if changes <= MOST:
+        return list(range(changes))
+    some = range(0, changes, -(-2 * changes // MOST))
+    return sorted({*some, *range(changes - MOST // 2, changes)})
+
+
+def temporary(found: Outcome) -> list[str]:
+    """Files with the name of temporary ones, or in a folder with such a name."""
+    return [p for p in found.left if any(map(OURS.fullmatch, Path(p).parts))]
+
+
+def check_survived(found: Outcome, whole: Outcome) -> None:
+    """The old file or the new one."""
+    assert found.digest in (hashlib.sha256(OLD).hexdigest(), whole.digest), found
+
+
+@pytest.mark.parametrize("name", slow_but(*QUICK))
+def test_killed_at_any_change_of_a_file(name: str, bench: Bench) -> None:
+    bench.prepare(name)
+    whole = bench.command(name)
+    assert whole.code == 0 and whole.changes >= 3, whole
+    assert temporary(whole) == []
+    most = 0
+    for at in moments(whole.changes):
+        found = bench.command(name, kill_at=at)
+        assert found.code == 137, found
+        check_survived(found, whole)
+        most = max(most, len(temporary(found)))
+    assert 1 <= most <= 3  # of the last one alone: each removes what the one before has left
+    again = bench.command(name)
+    assert (again.code, again.digest, again.left) == (0, whole.digest, whole.left)
+
+
+@pytest.mark.parametrize("name", slow_but("merge"))
+def test_interrupted_at_any_change_of_a_file(name: str, bench: Bench) -> None:
+    """Ctrl-C: nothing temporary is left, at once."""
+    bench.prepare(name)
+    whole = bench.command(name)
+    for at in moments(whole.changes):
+        found = bench.command(name, stop_at=at)
+        assert found.code == 130, found
+        assert found.err == "Interrupted; no partial file was left.\n"
+        check_survived(found, whole)
+        assert temporary(found) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_at_any_time(name: str, bench: Bench) -> None:
+    bench.prepare(name)
+    whole = bench.command(name)
+    for tenth in range(1, 11):
+        found = bench.command(name, kill_after=0.15 * tenth)
+        assert found.code in (0, 142), found
+        check_survived(found, whole)
+    again = bench.command(name)
+    assert (again.code, again.digest, again.left) == (0, whole.digest, whole.left)
+
+
+@pytest.mark.parametrize("name", slow_but("pack"))
+@pytest.mark.parametrize("room", [1000, 4000])
+def test_no_room_for_a_file(name: str, room: int, bench: Bench) -> None:
+    bench.prepare(name)
+    found = bench.command(name, limits={"RLIMIT_FSIZE": room})
+    assert found.code == 2, found
+    assert re.fullmatch(r"Error: .*(out\.onnx|temporary).*\n", found.err), found.err
+    assert "requested" not in found.err
+    assert found.digest == hashlib.sha256(OLD).hexdigest()
+    assert temporary(found) == []
+
+
+@pytest.mark.parametrize("arguments", ["--help", f"inspect {MODEL}", f"inspect {MODEL} --json"])
+def test_a_reader_who_has_left_is_no_error(arguments: str, bench: Bench) -> None:
+    found = bench.run(*arguments.split(), stdout="closed")
+    assert (found.code, found.err) == (0, "")
+
+
+def test_a_report_that_nobody_reads_changes_no_exit_code(bench: Bench) -> None:
+    bound = ("--max-drop", "-1", "-o", OUTPUT)
+    found = bench.run(*COMMANDS["quantize"], *bound, "--print-recipe", stdout="closed")
+    assert (found.code, found.err) == (1, "")
+    assert found.left == [OUTPUT]
+
+
+def test_a_report_for_which_there_is_no_room(bench: Bench) -> None:
+    found = bench.run("inspect", str(MODEL), stdout="/dev/full")
+    assert found.code == 2
+    assert found.err == "Error: standard output: No space left on device\n"
+
+
+def limited(size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command that may take so much address space, from its very start on."""
+    limit = f"ulimit -v {size // 1024} && exec "
+    command = shlex.join([sys.executable, "-m", "onnxc", *arguments])
+    environment = {**os.environ, "PYTHONPATH": str(MODELS.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "-c", limit + command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_too_little_memory_for_the_libraries(tmp_path: Path) -> None:
+    done = limited(100 << 20, "inspect", str(MODEL))
+    assert done.returncode == 2
+    assert re.fullmatch(r"Error: ulimit -v allows 105 MB, and .*; allow more\n", done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("megabytes", range(260, 460, 20))
+def test_too_little_memory_for_the_work(megabytes: int, tmp_path: Path) -> None:
+    output = tmp_path / "out.onnx"
+    some = ("--format", "qdq", "--ranges", "minmax", *FEW, "--quiet", "-o", str(output))
+    done = limited(megabytes * 1_000_000, "quantize", str(MODEL), *some)
+    assert done.returncode in (0, 2), done.stderr
+    assert output.exists() == (done.returncode == 0)
+    if done.returncode:
+        assert re.fullmatch(r"Error: .*\n", done.stderr)
+        assert list(tmp_path.iterdir()) == []
