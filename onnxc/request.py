@@ -199,7 +199,10 @@ def checked(task: Task, request: Request) -> Job:
     exact = replace(given, target=row.name, calibration=replace(wanted, max_memory=memory))
     plan = Plan(task, settings, row, only, given.passes, given.seed)
     calibration = Calibration(
-        samples.kept, memory, threads=THREADS, known=known, client=request.client
+        *(samples.kept, memory, THREADS),
+        known=known,
+        client=request.client,
+        runtime=request.runtime,
     )
     rest = (plan, exact, source, calibration, samples, request.runtime, request.say)
     return Job(path, place, opened, *rest)
