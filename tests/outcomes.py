@@ -27,13 +27,16 @@ def faults(outcomes: Iterable[Outcome]) -> list[str]:
     return [str(outcome) for outcome in outcomes if outcome.is_fault]
 
 
-def tables(outcomes: Sequence[Outcome]) -> list[str]:
-    """By corpus: how often each command or pass ended how, then reasons with counts."""
+def tables(outcomes: Sequence[Outcome], most: int | None = None) -> list[str]:
+    """By corpus: how often each command or pass ended how, then reasons with counts.
+
+    most: rows of reasons, the most frequent first; None for all.
+    """
     lines: list[str] = []
     for corpus in dict.fromkeys(o.corpus for o in outcomes):
         of = [o for o in outcomes if o.corpus == corpus]
         subjects = len({o.subject for o in of})
-        lines += [f"{corpus}, {subjects} models", "", *_endings(of), "", *_reasons(of), ""]
+        lines += [f"{corpus}, {subjects} models", "", *_endings(of), "", *_reasons(of, most), ""]
     return lines
 
 
@@ -46,12 +49,14 @@ def _endings(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def _reasons(outcomes: Sequence[Outcome]) -> list[str]:
+def _reasons(outcomes: Sequence[Outcome], most: int | None) -> list[str]:
     counts = Counter((o.ending, plain(o.reason)) for o in outcomes if o.reason)
     if not counts:
         return []
     lines = [row("ending", "reason", "times"), row("---", "---", "---:")]
-    return lines + [row(*key, count) for key, count in counts.most_common()]
+    lines += [row(*key, count) for key, count in counts.most_common(most)]
+    rest = [count for _, count in counts.most_common()[most or len(counts) :]]
+    return lines + ([row("", f"{len(rest)} other reasons", sum(rest))] if rest else [])
 
 
 def row(*cells: Any) -> str:
