@@ -152,6 +152,8 @@ def _observed(proto: ModelProto, names: Sequence[str], feed: Feed) -> dict[str, 
     """Layouts seen in one run."""
     types = _types(tapped(proto, names))
     tensors = [n for n in names if n not in types or types[n].HasField("tensor_type")]
+    if not tensors:
+        return {}
     probe = tapped(proto, tensors)
     del probe.graph.output[:]
     for name in tensors:

@@ -192,7 +192,7 @@ class Desk:
         prepare(self.model, feed, progress=self.say)
         infer(self.model, feed)
         context = Context(opset(self.model.graph), self.target, seed=self.seed, only=self.only)
-        calibration = Calibration(kept, self.memory, threads=THREADS, original=self.model)
+        calibration = Calibration(kept, self.memory, THREADS, original=self.model)
         return Workpiece(self.model, context, calibration, feed, self.runtime, self.say, judge)
 
     def _proven(

@@ -27,12 +27,13 @@ from onnxc.check import compare, coverage
 from onnxc.compression import Attempt, Compressed, attempt, compress_model
 from onnxc.cost import file_bytes, inspect, quantized_as
 from onnxc.errors import ModelError, OptionError
+from onnxc.execution import Execution, execution
 from onnxc.fixed_graph import run_in_integers
-from onnxc.graph import load, save
+from onnxc.graph import Model, load, save
 from onnxc.graph import size as model_size
 from onnxc.html.page import write_html
 from onnxc.opening import openings
-from onnxc.pairs import excess
+from onnxc.pairs import Subject, excess
 from onnxc.paths import check_folder, check_unchanged, existing
 from onnxc.quantization import QuantizeSettings
 from onnxc.report import Benchmark, Effect, Measure, Preview, Report, Validation
@@ -246,7 +247,7 @@ def _report(job: Job, found: Compressed, missed: tuple[str, ...], is_written: bo
     size = file_bytes(job.output) if is_written else model_size(found.model)
     packed = (is_package(job.path), is_written and is_package(job.output))
     is_opened = is_written and job.plan.task.aim.seeks == "size"
-    first, last = openings((job.path, job.output)) if is_opened else (None, None)
+    first, last = openings((job.path, job.output), job.runtime) if is_opened else (None, None)
     return Report(
         model=str(job.path),
         output=str(job.output) if is_written else None,
@@ -259,6 +260,7 @@ def _report(job: Job, found: Compressed, missed: tuple[str, ...], is_written: bo
         headline=job.headline,
         speedup=found.ratio,
         comparison=found.comparison,
+        execution=_execution(job, found.model, is_written),
         coverage=found.coverage,
         anatomy=anatomy((load(job.path), found.model), (file_bytes(job.path), size), packed),
         spans=spans(found.model, histograms(job.calibration.memo, found.passes)),
@@ -271,6 +273,14 @@ def _report(job: Job, found: Compressed, missed: tuple[str, ...], is_written: bo
         notes=(*found.notes, *job.notes),
         recipe=recipes.dump(replace(job.recipe, passes=found.passes)),
     )
+
+
+def _execution(job: Job, result: Model, is_written: bool) -> Execution:
+    """Of the file that was written, or of the model where none was."""
+    memory, samples = job.calibration.max_memory, job.samples
+    judge = samples.judge if samples.validation is None else samples.validation
+    made: Subject = subject(job.output, memory) if is_written else result
+    return execution(subject(job.path, memory), made, judge, job.runtime)
 
 
 def _anatomy(first: Path, second: Path) -> Anatomy | None:
@@ -335,6 +345,7 @@ def validate(
         headline="" if data is not None else "compared without data, on synthesized input",
         speedup=speedup(*times.values()) if times else None,
         comparison=comparison,
+        execution=execution(pair[0], pair[1], dataset, runtime),
         coverage=coverage(pair[1], runtime),
         anatomy=_anatomy(first, second),
         surroundings=surroundings(),

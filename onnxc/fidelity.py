@@ -125,14 +125,16 @@ def compare(
     labels: Array | None = None,
     batch: int = BATCH,
     progress: Callable[[int, int], None] | None = None,
+    other: Runtime | None = None,
 ) -> Comparison:
     """Run both models over a data set, in batches of `batch` samples (or what the model fixes).
 
     labels: (N,) or (N, T) integers; those of the data set by default. progress: called with
-    (samples done, samples in all). Raises ModelError where a model does not run or has other
+    (samples done, samples in all). other: how the candidate is run, by default as the reference.
+    Raises ModelError where a model does not run or has other
     outputs, DataError where the labels do not fit the samples.
     """
-    runs = Pairing(reference, candidate, dataset, runtime, batch)
+    runs = Pairing(reference, candidate, dataset, runtime, batch, other)
     truth = dataset.labels if labels is None else labels
     if truth is not None and len(truth) != len(dataset):
         raise DataError(f"there are {len(truth)} labels for {len(dataset)} samples")

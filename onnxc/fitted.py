@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from onnxc.biases import bias_of, has_place
 from onnxc.core import Change, Context, Goal, Key, Skip
-from onnxc.goals import goal_of, has_bias, key_of, why_no_goal
+from onnxc.goals import goal_of, key_of, why_no_goal
 from onnxc.graph import nbytes, values
 from onnxc.integer import refusal
 from onnxc.matrices import Layer, error, place, shift_biases
 from onnxc.numerics.aim import Aim
 from onnxc.numerics.lattice import lattice_scales
 from onnxc.numerics.sparse import Quadratic
-from onnxc.ops import knowledge
+from onnxc.ops import has_bias, knowledge
 from onnxc.refits import set_bias
 from onnxc.targets import Target
 

@@ -23,6 +23,7 @@ from onnxc.ops import (
     data_inputs,
     is_absorbed,
     is_constant,
+    is_odd_bias,
     knowledge,
     weight_of,
 )
@@ -58,7 +59,7 @@ def why_no_goal(node: gs.Node, context: Context) -> str:
     other = next((user for user in weight.outputs if user is not node), None)
     if other is not None:
         return f"its weight is shared with {other.name}"
-    if has_bias(node) and not _is_plain(node.inputs[row.bias], node):
+    if is_odd_bias(node):
         return "its bias is not one constant for each output"
     if any(node.attrs.get(key, 1.0) != 1.0 for key in ("alpha", "beta")):
         return "it multiplies its output or its bias by a factor"
@@ -70,22 +71,6 @@ def why_no_goal(node: gs.Node, context: Context) -> str:
     is_heavy = knowledge(maker).role == "weighted" and weight_of(maker) is not None
     is_cut = is_heavy and _channels(maker) != _channels(node)
     return "it has other channels than in the original" if is_cut else ""
-
-
-def has_bias(node: gs.Node) -> bool:
-    position = knowledge(node).bias
-    return position is not None and position < len(node.inputs) and bool(node.inputs[position].name)
-
-
-def _is_plain(bias: gs.Tensor, node: gs.Node) -> bool:
-    weight, row = weight_of(node), knowledge(node)
-    assert weight is not None and row.out_axis is not None
-    return is_constant(bias) and tuple(bias.shape) in (
-        (),
-        (1,),
-        _channels(node),
-        (1, *_channels(node)),
-    )
 
 
 def _channels(node: gs.Node) -> tuple[int]:

@@ -15,7 +15,15 @@ from onnxc.graph import fresh, store, values
 from onnxc.numerics import fixed
 from onnxc.numerics.affine import Array, Grid, dequantize, quantize, weight_scales
 from onnxc.numerics.lattice import lattice_scales
-from onnxc.ops import groups, is_constant, knowledge, weight_of
+from onnxc.ops import (
+    channels_of,
+    groups,
+    has_bias,
+    is_constant,
+    is_odd_bias,
+    knowledge,
+    weight_of,
+)
 from onnxc.targets import Target
 
 OPSET = 10  # of QuantizeLinear and DequantizeLinear
@@ -131,14 +139,10 @@ def _attribute_refusal(node: gs.Node) -> str:
         return "alpha or beta is not 1"
     if node.attrs.get("transA", 0):
         return "its input is transposed"
-    position = knowledge(node).bias
-    if position is None or position >= len(node.inputs) or not node.inputs[position].name:
+    if not has_bias(node):
         return ""
-    bias = node.inputs[position]
+    bias = node.inputs[knowledge(node).bias]
     if not isinstance(bias, gs.Constant):
         return "its bias is computed"
-    weight = weight_of(node)
-    out_axis = knowledge(node).out_axis
-    assert weight is not None and out_axis is not None
-    channels = weight.shape[out_axis(node)] * (groups(node) if out_axis(node) else 1)
-    return "" if values(bias).size == channels else "its bias has another size than the channels"
+    is_fit = values(bias).size == channels_of(node) and not is_odd_bias(node)
+    return "" if is_fit else "its bias has another shape than the channels"

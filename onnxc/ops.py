@@ -227,6 +227,30 @@ def weight_of(node: gs.Node) -> gs.Constant | None:
     return tensor if is_weight and len(tensor.shape) >= 2 else None
 
 
+def channels_of(node: gs.Node) -> int:
+    """Output channels of a heavy node with one axis of them."""
+    weight, row = weight_of(node), knowledge(node)
+    assert weight is not None and row.out_axis is not None
+    axis = row.out_axis(node)
+    return int(weight.shape[axis]) * (groups(node) if axis else 1)
+
+
+def has_bias(node: gs.Node) -> bool:
+    position = knowledge(node).bias
+    return position is not None and position < len(node.inputs) and bool(node.inputs[position].name)
+
+
+def is_odd_bias(node: gs.Node) -> bool:
+    """Whether a bias is there that is not one constant for each output channel, or one for all.
+
+    Gemm adds a matrix as well, and a column: a number for each row.
+    """
+    if not has_bias(node):
+        return False
+    bias, n = node.inputs[knowledge(node).bias], channels_of(node)
+    return not is_constant(bias) or tuple(bias.shape) not in ((), (1,), (1, 1), (n,), (1, n))
+
+
 def is_depthwise(node: gs.Node) -> bool:
     """A convolution whose every group reads one input channel."""
     weight = weight_of(node)

@@ -32,22 +32,31 @@ Feeds = Callable[[], Iterator[Feed]]
 
 
 class Pairing:
-    """Two models ready to run on the batches of a dataset; names: the outputs of the first."""
+    """Two models ready to run on the batches of a dataset; names: the outputs of the first.
+
+    other: how the second is run, where that is not how the first is.
+    """
 
     def __init__(
-        self, first: Subject, second: Subject, dataset: Dataset, runtime: Runtime, batch: int
+        self,
+        first: Subject,
+        second: Subject,
+        dataset: Dataset,
+        runtime: Runtime,
+        batch: int,
+        other: Runtime | None = None,
     ) -> None:
-        pair = first, second
+        pair, ways = (first, second), (runtime, other or runtime)
         bounded = [m for m in pair if isinstance(m, Model) and m.scratch is not None]
         self.dataset = dataset
         self.batch = min((_batch(m, dataset, batch) for m in bounded), default=batch)
         self.staged: list[Staged] = []
         self.sessions: list[Any] = []
         if excess(pair, next(iter(dataset.batches(self.batch)))):
-            self.staged = [self._staged(model, runtime) for model in pair]
+            self.staged = [self._staged(*each) for each in zip(pair, ways, strict=True)]
             self.names = _shared([list(model.facts.outputs) for model in self.staged])
         else:
-            self.sessions = [open_whole(model, runtime) for model in pair]
+            self.sessions = [open_whole(*each) for each in zip(pair, ways, strict=True)]
             self.names = _shared([[p.name for p in s.get_outputs()] for s in self.sessions])
 
     def outputs(self) -> Iterator[tuple[Feed, Outputs, Outputs]]:

@@ -25,7 +25,7 @@ from onnxc.core import Change, Context, Keeps, Key, Pass, Perturbs, Rescales, Se
 from onnxc.errors import OnnxcError
 from onnxc.graph import Model, become, copy, opset
 from onnxc.rounds import InTurn
-from onnxc.runtime import first_line
+from onnxc.runtime import Runtime, first_line
 from onnxc.shapes import infer
 from onnxc.targets import Target
 from passes.drop_identity import DropIdentity
@@ -80,18 +80,20 @@ def apply_pass(
     context: Context,
     feed: Feed | None = None,
     before: Snapshot | None = None,
+    runtime: Runtime = Runtime(),
 ) -> Step:
     """Apply a pass to a model in place, or leave the model as it was and say why.
 
     feed: one batch by input name for the numeric check; without it only validity is checked.
-    before: the `after` of the previous step, which saves the reference run.
+    before: the `after` of the previous step, which saves the reference run. runtime: how the model
+    is run for it.
     """
-    old = before or snapshot(model, feed)
+    old = before or snapshot(model, feed, runtime)
     try:
         results = pass_.apply(model.graph, context)
         changes = tuple(r for r in results if isinstance(r, Change))
         skips = tuple(r for r in results if isinstance(r, Skip))
-        new = snapshot(model, feed) if changes else old
+        new = snapshot(model, feed, runtime) if changes else old
         found = problems(old, new, feed, pass_.lossless) if changes else []
     except PASS_ERRORS as error:
         restore(model, old)
@@ -135,7 +137,7 @@ class Calibration:
     dataset: None where there are only statistics gathered before. max_memory: bytes of the process,
     or None. notes: gets sentences for the report. known: statistics of the prepared model. client:
     of a Dask cluster, whose workers then run the model. original: the prepared model, which
-    sequential passes compare the rewritten one with.
+    sequential passes compare the rewritten one with. runtime: how each rewrite is proven.
     """
 
     dataset: Dataset | None
@@ -146,6 +148,7 @@ class Calibration:
     known: Statistics | None = None
     client: Client | None = None
     original: Model | None = field(default=None, repr=False)
+    runtime: Runtime = Runtime()
 
     def answers(self, wanted: Collection[Key]) -> dict[Key, Any]:
         """What is known of the prepared model."""
@@ -300,7 +303,8 @@ def compress(
         stats = gather(model, ready, context, calibration, progress, *known)
         original = None if calibration.original is None else calibration.original.graph
         now = replace(context, opset=opset(model.graph), stats=stats, original=original)
-        step = replace(apply_pass(model, ready, now, feed, last), name=pass_.name)
+        done = apply_pass(model, ready, now, feed, last, calibration.runtime)
+        step = replace(done, name=pass_.name)
         last = step.after or last
         calibration = renewed(pass_, step, model, calibration)
         steps.append(step)

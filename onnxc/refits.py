@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from onnxc.biases import bias_of
 from onnxc.core import Change, Context, Goal, Key, Skip
-from onnxc.goals import has_bias, key_of
+from onnxc.goals import key_of
 from onnxc.graph import constant, fresh, nbytes, store, values
 from onnxc.moments import from_matrix, matrix
 from onnxc.numerics.nonlinear import Bent, bend
 from onnxc.numerics.refit import Fit, Sums, refit
-from onnxc.ops import knowledge, weight_of
+from onnxc.ops import has_bias, knowledge, weight_of
 
 Array = NDArray[Any]
 

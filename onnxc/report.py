@@ -15,6 +15,7 @@ A report is a plain dataclass, and `to_json` writes any of them: its fields are 
                         agreement, top1, top5, perplexity: each [reference, candidate], notes,
                         decisions, flips [lost, won], top1_intervals, top5_intervals,
                         change_interval, agreement_interval, sqnr, cosine, max_abs_error}
+    execution           {runtime, samples, plain, moved, is_doubtful}
     coverage            {kernels [{node, op, integer, reason}], boundaries, orphans, total, integer,
                         left_float}
     changes, skips      [{node, what, before, after}], [{node, reason}]
@@ -47,6 +48,7 @@ from onnxc.anatomy import Anatomy
 from onnxc.bench import Latency, Ratio
 from onnxc.check import Comparison, Coverage
 from onnxc.core import Change, Skip
+from onnxc.execution import Execution
 from onnxc.opening import Opening
 from onnxc.runtime import Runtime
 from onnxc.spans import Span
@@ -148,6 +150,7 @@ class Report:
     headline: str = ""
     speedup: Ratio | None = None
     comparison: Comparison | None = None
+    execution: Execution | None = None
     coverage: Coverage | None = None
     zeros: tuple[Zeros, Zeros] | None = None
     done: tuple[Change, ...] = ()
@@ -213,6 +216,7 @@ class Validation:
     comparison: Comparison
     headline: str = ""
     speedup: Ratio | None = None
+    execution: Execution | None = None
     coverage: Coverage | None = None
     missed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -474,6 +478,7 @@ def _faults(report: Report | Validation) -> Iterator[str]:
         yield f"nothing was {report.aim.done}"
     if report.speedup and report.speedup.is_slower and _seeks_speed(report):
         yield f"slower than the original, {report.speedup.median:.2f}x"
+    yield from _doubt(report.execution)
     comparison = report.comparison
     if comparison is None:
         return
@@ -484,6 +489,17 @@ def _faults(report: Report | Validation) -> Iterator[str]:
         yield f"agreement below {100 * LEAST_AGREEMENT:.0f} %"
     if comparison.sqnr < LEAST_SQNR:
         yield f"SQNR {comparison.sqnr:.1f} dB, below {LEAST_SQNR:.0f}"
+
+
+def _doubt(execution: Execution | None) -> Iterator[str]:
+    """That the runtime changes more than the rewriting, where it does."""
+    if execution is None or not execution.is_doubtful:
+        return
+    found = execution
+    yield (
+        f"ONNX Runtime's optimizations change its outputs by more than the rewriting does (SQNR "
+        f"{found.moved:.1f} dB with and without them, {found.plain:.1f} dB to the original)"
+    )
 
 
 def _size_fact(report: Report | Validation) -> Iterator[str]:

@@ -202,7 +202,10 @@ def checked(task: Task, request: Request) -> Job:
     exact = replace(given, target=row.name, calibration=replace(wanted, max_memory=memory))
     plan = Plan(task, settings, row, only, given.passes, given.seed)
     calibration = Calibration(
-        samples.kept, memory, threads=THREADS, known=known, client=request.client
+        *(samples.kept, memory, THREADS),
+        known=known,
+        client=request.client,
+        runtime=request.runtime,
     )
     files |= stamps(*beside)
     rest = (plan, exact, source, calibration, samples, request.runtime, request.say, files)

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 
 from onnxc.bench import Ratio
 from onnxc.check import Comparison
+from onnxc.execution import Execution
 from onnxc.few_bits import is_in_float
+from onnxc.fidelity import SQNR_CAP
 from onnxc.report import Report, Validation
 
 Row = tuple[str, ...]
@@ -22,6 +24,7 @@ def measures(report: Report | Validation) -> Iterator[Row]:
     yield from _cost_rows(report)
     yield from _zeros_rows(report)
     yield from _quality_rows(report.comparison)
+    yield from _execution_rows(report.execution)
     if isinstance(report, Validation):
         yield from _error_rows(report.comparison)
     if report.coverage is not None and report.coverage.total:
@@ -72,6 +75,15 @@ def _quality_rows(comparison: Comparison | None) -> Iterator[Row]:
     if comparison.agreement is not None:
         yield "agreement", "", percent(comparison.agreement), ""
     yield "SQNR", "", f"{comparison.sqnr:.1f} dB", ""
+
+
+def _execution_rows(execution: Execution | None) -> Iterator[Row]:
+    if execution is not None and execution.failure:
+        yield "not optimized", "", "does not run", ""
+    if execution is None or execution.plain is None or execution.moved is None:
+        return
+    moved = "equal" if execution.moved >= SQNR_CAP else f"differs by {execution.moved:.1f} dB"
+    yield "not optimized", "", f"{execution.plain:.1f} dB", moved
 
 
 def _bounds(interval: tuple[float, float] | None) -> str:

@@ -1,4 +1,7 @@
-"""Fixtures for all tests: the shared inputs, models from ONNX text, and one run of a model."""
+"""Fixtures for all tests: the shared inputs, models from ONNX text, and one run of a model.
+
+The summary of a run ends with tables of what became of the models of corpora.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import onnx.parser
 import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
+from outcomes import Outcome, tables
 
 from onnxc.graph import Model, to_bytes
 from onnxc.runtime import Runtime, run, session
@@ -62,3 +66,13 @@ def outputs() -> Outputs:
         return run(session(data, Runtime(level="none")), feed)
 
     return computed
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tables of the outcomes that tests recorded, here or in other processes."""
+    reports = (r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ()))
+    recorded = (p for report in reports for p in getattr(report, "user_properties", ()))
+    outcomes = [Outcome(*o) for name, found in recorded if name == "outcomes" for o in found]
+    if outcomes:
+        terminalreporter.section("corpora")
+        terminalreporter.write_line("\n".join(tables(outcomes)))

@@ -244,6 +244,16 @@ def test_shapes_of_every_tensor_are_found_with_symbols_and_without_declarations(
     assert [layouts[n].nbytes for n in "knf"] == [16, 48, 24]
 
 
+def test_a_model_that_makes_no_tensor_inside_has_no_shapes_to_observe() -> None:
+    proto = bind(
+        """g (float[N] x) => (int64 y) {
+            s = SequenceConstruct (x, x)
+            y = SequenceLength (s) }"""
+    )
+    x = np.zeros(3, np.float32)
+    assert set(tap.layouts(proto, {"x": x})) == {"y"}
+
+
 def test_the_peak_counts_live_tensors_and_keeps_taps() -> None:
     nodes = [onnx.helper.make_node("Relu", [a], [b]) for a, b in itertools.pairwise("abcd")]
     sizes = {"b": 10, "c": 20, "d": 40}

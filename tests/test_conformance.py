@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.backend.test.case.node as backend
 import pytest
 from numpy.typing import NDArray
 from texts import bind, context, normal, positive
@@ -19,11 +18,10 @@ import passes
 from calib.collect import collect
 from calib.data import InputSpec, open_data
 from calib.twin import drift
-from onnxc.check import problems, snapshot
+from onnxc.check import problems
 from onnxc.core import PASSES, Change, Context, Key, Skip
-from onnxc.errors import ModelError
 from onnxc.graph import Model, load, to_bytes, walk
-from onnxc.pipeline import PREPARATION, Step, apply_pass
+from onnxc.pipeline import Step, apply_pass
 
 for module in pkgutil.iter_modules(passes.__path__):
     importlib.import_module(f"passes.{module.name}")
@@ -251,67 +249,3 @@ def test_reports_name_real_nodes(name: str, on: str) -> None:
     results = (*done.changes, *done.skips)
     assert {result.node for result in results} <= known
     assert all(r.reason if isinstance(r, Skip) else r.what for r in results)
-
-
-ROLLED_BACK = (  # a fixed If lets ONNX Runtime see that Range gets tensors of rank 1, not scalars
-    "test_affine_grid_2d_expanded",
-    "test_affine_grid_2d_align_corners_expanded",
-)
-
-
-MODULES = [
-    found.name
-    for found in pkgutil.walk_packages(backend.__path__, f"{backend.__name__}.")
-    if not found.ispkg
-]
-STRIDE = 25
-
-
-@cache
-def backend_cases(module: str) -> tuple[Any, ...]:
-    """One-operator models of a module of ONNX's tests; its import makes them, 12 s for all."""
-    known = len(backend._NodeTestCases)
-    importlib.import_module(module)
-    return tuple(backend._NodeTestCases[known:])
-
-
-def check_preparation(case: Any) -> None:
-    """Each preparation pass leaves the model valid and equal, or leaves it alone."""
-    try:
-        model = load(case.model)
-    except ModelError:
-        return  # refused with a sentence: nothing to prepare
-    feed, given = backend_feed(model, case), to_bytes(model)
-    before = snapshot(model, feed)
-    for pass_ in PREPARATION:
-        done = apply_pass(model, pass_, context(model), feed, before)
-        assert case.name in ROLLED_BACK or not done.problems
-        if done.changes:  # the next pass gets the model as it was given
-            model = load(case.model)
-        else:
-            assert to_bytes(model) == given, case.name
-
-
-def backend_feed(model: Model, case: Any) -> dict[str, Any] | None:
-    """The first data set of a case, or None where it is not made of tensors."""
-    inputs = case.data_sets[0][0]
-    if not all(isinstance(x, np.ndarray) for x in inputs):
-        return None
-    names = [port.name for port in case.model.graph.input]
-    return dict(zip(names, inputs, strict=False))
-
-
-every_module = pytest.mark.parametrize("module", MODULES, ids=lambda name: name.split(".")[-1])
-
-
-@every_module
-def test_backend_sample(module: str) -> None:
-    for case in backend_cases(module)[::STRIDE]:
-        check_preparation(case)
-
-
-@pytest.mark.slow
-@every_module
-def test_backend_whole(module: str) -> None:
-    for case in backend_cases(module):
-        check_preparation(case)

@@ -411,6 +411,23 @@ def test_layers_make_good_what_those_before_lost(method: str) -> None:
     assert damage(in_turn(pass_)) < damage(apart)
 
 
+@pytest.mark.parametrize("dims", ["3,12", "3,1", "1,12", "1"])
+def test_a_bias_of_any_shape_stays_what_it_is(dims: str) -> None:
+    shape = tuple(map(int, dims.split(",")))
+    proto = bind(
+        f"""g (float[3,12] x, float[12,12] W, float[{dims}] B) => (float[3,12] y) {{
+            y = Gemm (x, W, B) }}""",
+        W=normal(12, 12),
+        B=normal(*shape),
+    )
+    model, feed = load(proto), {"x": normal(3, 12)}
+    data = open_data({"x": normal(60, 12)}, [InputSpec("x", np.dtype(np.float32), (3, 12))])
+    full = Factorize("svd", macs=0.0, ranks=(whole(first(model), "svd"),))
+    (done,) = compress(model, [full], context(model), Calibration(data, original=load(proto)), feed)
+    assert done.problems == () and len(done.changes) == 1
+    close(outputs(proto, feed), outputs(model, feed))
+
+
 def test_a_recurrent_layer_is_fitted_to_its_input() -> None:
     """Inputs of rank 4 need no more of the weight, whatever its own rank."""
     model, source = load(PRODUCTS["LSTM"]), np.random.default_rng(0)

@@ -285,12 +285,25 @@ def test_gemm(attributes: str) -> None:
     [
         (gemm("alpha = 0.5", (6, 5)), "alpha or beta is not 1"),
         (gemm("beta = 2.0", (6, 5)), "alpha or beta is not 1"),
-        (gemm("", (6, 5), "float[1,1] B"), "its bias has another size than the channels"),
+        (gemm("", (6, 5), "float[1,1] B"), "its bias has another shape than the channels"),
     ],
 )
 def test_gemm_that_no_kernel_computes(proto: onnx.ModelProto, reason: str) -> None:
     model, step = apply(proto, Quantize(), ROWS)
     assert [skip.reason for skip in step.skips] == [reason]
+    assert ops(model) == ["Gemm"]
+
+
+def test_a_bias_for_each_row_is_not_taken_for_one_of_channels() -> None:
+    """As many rows as channels: its size is that of a bias, its shape is not."""
+    proto = bind(
+        """g (float[5,6] x, float[6,5] W, float[5,1] B) => (float[5,5] y) {
+            y = Gemm (x, W, B) }""",
+        W=normal(6, 5),
+        B=normal(5, 1),
+    )
+    model, step = apply(proto, Quantize(), {"x": normal(10, 6)})
+    assert [skip.reason for skip in step.skips] == ["its bias has another shape than the channels"]
     assert ops(model) == ["Gemm"]
 
 

@@ -6,7 +6,6 @@ tensors, tree ensembles; fed with made-up data of the shapes that the manifest l
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -16,16 +15,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import SHARED
+from corpora import interface
 from numpy.typing import NDArray
+from zoo import ZOO, data, entries
 
 from onnxc.api import quantize
 from onnxc.errors import OnnxcError
 from onnxc.quantization import QuantizeSettings
 from onnxc.report import Report
-from onnxc.runtime import dtype_of, run, session
-
-ZOO = SHARED / "models" / "zoo"
+from onnxc.runtime import run, session
 
 REFUSED = {  # a part of the sentence that says why
     "deformconv_19": "does not run on the data",
@@ -53,21 +51,15 @@ SLOW = {
     *("selfie_seg_landscape", "style_mosaic", "super_resolution_10", "tbefn_lowlight_180x320"),
     *("ultraface_rfb320", "ultraface_rfb320_ortzoo", "yunet_n_320"),
 }
-SAMPLES = 4
 SMALLEST = 1024  # bytes of a weight that is worth its scales
 HEAVY = ("Conv", "Gemm", "MatMul", "LSTM", "GRU")  # parts of the names of operators
 EXPANDING = ("DequantizeLinear", "Mul", "Cast", "Transpose", "Reshape")
 
 
 def _models() -> list[Any]:
-    manifest = ZOO / "manifest.json"
-    if not manifest.is_file():
-        return [pytest.param({}, id="none")]
-    entries = json.loads(manifest.read_text())
-    return [
-        pytest.param(e, id=e["name"], marks=[pytest.mark.slow] if e["name"] in SLOW else [])
-        for e in entries
-    ]
+    marks = {True: [pytest.mark.slow], False: []}
+    found = [pytest.param(e, id=e["name"], marks=marks[e["name"] in SLOW]) for e in entries()]
+    return found or [pytest.param({}, id="none")]
 
 
 @pytest.mark.parametrize("entry", _models())
@@ -76,12 +68,12 @@ def test_zoo(entry: dict[str, Any], shared: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.onnx"
     if name in REFUSED:
         with pytest.raises(OnnxcError, match=re.escape(REFUSED[name])) as caught:
-            quantize(source, data=_data(entry), output=output)
+            quantize(source, data=data(entry), output=output)
         assert len(str(caught.value).splitlines()) == 1
         assert list(tmp_path.iterdir()) == []
         return
     settings = QuantizeSettings(format="qdq" if name in ALL_INTEGER else "auto")
-    report = quantize(source, data=_data(entry), output=output, settings=settings)
+    report = quantize(source, data=data(entry), output=output, settings=settings)
     _check_file(source, output, entry)
     if name in WITHOUT_WEIGHTS:
         assert not _weights(onnx.load(source))
@@ -96,8 +88,8 @@ def _check_file(source: Path, output: Path, entry: dict[str, Any]) -> None:
     """Valid, runnable, and with the interface of the original."""
     onnx.checker.check_model(str(output), full_check=False)
     before, after = onnx.load(source), onnx.load(output)
-    assert _interface(before) == _interface(after)
-    feed = {key: np.asarray(value[0]) for key, value in _data(entry).items()}
+    assert interface(before) == interface(after)
+    feed = {key: np.asarray(value[0]) for key, value in (data(entry) or {}).items()}
     reference, made = run(session(source), feed), run(session(output), feed)
     for name, value in reference.items():
         if isinstance(value, np.ndarray):
@@ -114,13 +106,6 @@ def _check_quantized(source: Path, output: Path, report: Report) -> None:
     assert sizes["float"] < 0.05 * 4 * sizes["integer"]
     assert report.comparison is not None
     assert np.isfinite(report.comparison.sqnr)
-
-
-def _interface(proto: onnx.ModelProto) -> list[str]:
-    """Inputs without defaults, and outputs, as declared."""
-    defaults = {tensor.name for tensor in proto.graph.initializer}
-    ports = [p for p in proto.graph.input if p.name not in defaults]
-    return [f"{port.name} {port.type}" for port in (*ports, *proto.graph.output)]
 
 
 def _weights(proto: onnx.ModelProto) -> list[NDArray[Any]]:
@@ -151,28 +136,3 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from _graphs(attribute.g)
-
-
-def _data(entry: dict[str, Any]) -> Any:
-    """Made-up samples by input name; None, for data that onnxc makes up, without known shapes."""
-    shapes = entry.get("test_input_shapes")
-    if shapes is None:
-        return None
-    random = np.random.default_rng(0)
-    ports = session(ZOO / f"{entry['name']}.onnx").get_inputs()
-    return {
-        p.name: _drawn(p.name, dtype_of(p.type), (SAMPLES, *shapes[p.name]), random) for p in ports
-    }
-
-
-def _drawn(
-    name: str, kind: np.dtype[Any] | None, shape: tuple[int, ...], random: np.random.Generator
-) -> NDArray[Any]:
-    assert kind is not None
-    if name == "sr":
-        return np.full(shape, 16000, kind)
-    if kind.kind == "f":
-        return random.random(shape, np.float32).astype(kind)
-    if kind.hasobject:
-        return np.full(shape, "1", object)
-    return random.integers(0, 2, shape).astype(kind)

@@ -33,7 +33,7 @@ from onnxc.numerics import lowrank
 from onnxc.numerics.covariance import centred, shrunk
 from onnxc.numerics.lowrank import Factors
 from onnxc.numerics.refit import refit
-from onnxc.ops import knowledge
+from onnxc.ops import is_odd_bias, knowledge
 
 Array = NDArray[Any]
 Ints = tuple[int, ...]
@@ -103,7 +103,8 @@ class Fitter:
 
 def takes_mean(node: gs.Node) -> bool:
     """Whether a bias can take up what the mean of the output moves by."""
-    return has_place(node) and all(node.attrs.get(k, 1.0) == 1.0 for k in ("alpha", "beta"))
+    is_fit = has_place(node) and not is_odd_bias(node)
+    return is_fit and all(node.attrs.get(k, 1.0) == 1.0 for k in ("alpha", "beta"))
 
 
 def _has_mean(node: gs.Node, found: Mapping[str, Any]) -> bool:

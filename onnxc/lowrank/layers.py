@@ -18,7 +18,7 @@ from onnxc.lowrank import factors
 from onnxc.moments import why_no_moments
 from onnxc.numerics import lowrank
 from onnxc.numerics.lowrank_structures import STRUCTURES
-from onnxc.ops import knowledge, weight_of
+from onnxc.ops import has_bias, knowledge, weight_of
 
 Ints = tuple[int, ...]
 
@@ -106,7 +106,5 @@ def _is_factor(node: gs.Node) -> str:
 
 def _is_bare(node: gs.Node) -> bool:
     """A heavy linear node without a bias."""
-    row = knowledge(node)
-    position = row.bias if row.bias is not None else len(node.inputs)
-    has_bias = position < len(node.inputs) and bool(node.inputs[position].name)
-    return row.role == "weighted" and weight_of(node) is not None and not has_bias
+    is_linear = knowledge(node).role == "weighted" and weight_of(node) is not None
+    return is_linear and not has_bias(node)
