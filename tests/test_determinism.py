@@ -37,7 +37,8 @@ WHOLE: dict[str, Case] = {
         ("quantize", "--format", "weight-only"),
         *(("quantize", "--scheme", s) for s in ("fixed", "pow2", "ternary", "binary", "admm")),
         ("quantize", "--scheme", "levels"),
-        *(("quantize", "--bits", b) for b in ("3", "16")),
+        ("quantize", "--bits", "3"),
+        ("quantize", "--bits", "16", "--scheme", "fixed"),
         ("quantize", "--bits", "4", "--format", "weight-only"),
         *(
             ("quantize", "--format", "qdq", "--ranges", "minmax", "--rounding", r)
