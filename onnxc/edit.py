@@ -7,7 +7,9 @@ with `tidy`. Constants are never written to: put a new one in place.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.util.misc import SynchronizedList
 
 from onnxc import weights
 
@@ -34,6 +37,8 @@ def set_opset(graph: gs.Graph, version: int) -> None:
 
 def bodies(node: gs.Node) -> list[gs.Graph]:
     """The graphs in a node's attributes: branches of If, bodies of Loop and Scan."""
+    if not node.attrs:
+        return []
     return [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
 
 
@@ -43,7 +48,8 @@ def walk(graph: gs.Graph) -> Iterator[gs.Graph]:
     while pending:
         current = pending.pop()
         yield current
-        pending += reversed([body for node in current.nodes for body in bodies(node)])
+        with_attributes = (node for node in current.nodes if node.attrs)
+        pending += reversed([body for node in with_attributes for body in bodies(node)])
 
 
 def captured(graph: gs.Graph) -> set[str]:
@@ -145,6 +151,45 @@ def tidy(graph: gs.Graph) -> None:
             tidy(body)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For making many objects that stay: the collector would walk them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def clone(graph: gs.Graph) -> gs.Graph:
+    """An independent graph, as it would be read again from a file; values are shared."""
+    with uncollected():
+        return _clone(graph, {})
+
+
+def _clone(graph: gs.Graph, seen: dict[int, gs.Tensor]) -> gs.Graph:
+    """seen: clones of tensors, also of the graphs around it, by the identity of the original."""
+    made = gs.Graph(
+        name=graph.name,
+        doc_string=graph.doc_string,
+        opset=graph.opset,
+        import_domains=[onnx.helper.make_opsetid(o.domain, o.version) for o in _domains(graph)],
+        producer_name=graph.producer_name,
+        producer_version=graph.producer_version,
+        ir_version=graph.ir_version,
+    )
+    made.inputs = [_twin(tensor, seen) for tensor in graph.inputs]
+    made.outputs = [_twin(tensor, seen) for tensor in graph.outputs]
+    for node in graph.nodes:
+        attributes = {name: _copied(value, seen) for name, value in node.attrs.items()}
+        inputs = [_twin(tensor, seen) for tensor in node.inputs]
+        outputs = [_twin(tensor, seen) for tensor in node.outputs]
+        made.nodes.append(gs.Node(node.op, node.name, attributes, inputs, outputs, node.domain))
+    return made
+
+
 def replace_uses(old: gs.Tensor, new: gs.Tensor, keep: Sequence[gs.Node] = ()) -> None:
     """Let every node that reads `old`, nested bodies included, read `new`; not those in `keep`.
 
@@ -200,6 +245,35 @@ def _node_reads(node: gs.Node) -> Iterator[gs.Tensor]:
     for body in bodies(node):
         for inner in walk(body):
             yield from reads(inner)
+
+
+def _domains(graph: gs.Graph) -> Sequence[onnx.OperatorSetIdProto]:
+    return graph.import_domains or ()
+
+
+def _twin(tensor: gs.Tensor, seen: dict[int, gs.Tensor]) -> gs.Tensor:
+    """The clone of a tensor, without makers and readers at first; values are shared from now on."""
+    made = seen.get(id(tensor))
+    if made is None:
+        made = seen[id(tensor)] = type(tensor).__new__(type(tensor))
+        made.__dict__.update(tensor.__dict__)
+        for side, other in (("inputs", "outputs"), ("outputs", "inputs")):
+            made.__dict__[side] = SynchronizedList(made, field_name=other, initial=[])
+        if isinstance(made, gs.Variable) and isinstance(made.shape, list):
+            made.shape = list(made.shape)
+        held = made.__dict__.get("_values")
+        if isinstance(held, np.ndarray):
+            held.flags.writeable = False
+    return made
+
+
+def _copied(value: Any, seen: dict[int, gs.Tensor]) -> Any:
+    """The value of an attribute for another node."""
+    if isinstance(value, gs.Graph):
+        return _clone(value, seen)
+    if isinstance(value, gs.Tensor):
+        return _twin(value, seen)
+    return list(value) if isinstance(value, list) else value
 
 
 def _names(graph: gs.Graph) -> set[str]:

@@ -28,6 +28,7 @@ from onnxc.edit import (
     become,
     bodies,
     captured,
+    clone,
     constant,
     constants,
     fresh,
@@ -41,6 +42,7 @@ from onnxc.edit import (
     spill,
     store,
     tidy,
+    uncollected,
     values,
     walk,
 )
@@ -200,12 +202,7 @@ def stored(proto: onnx.ModelProto, held: list[weights.Values]) -> Iterator[bytes
 
 def copy(model: Model) -> Model:
     """An independent model. Arrays of weights are shared, so they become read-only."""
-    proto, held = skeleton(model)
-    for array in held:
-        if isinstance(array, np.ndarray):
-            array.flags.writeable = False
-    kept = {name: getattr(model, name) for name in ("declared", "memory", "scratch")}
-    return replace(_open(proto, held, model.base, model.notes), **kept)
+    return replace(model, graph=clone(model.graph))
 
 
 def skeleton(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
@@ -328,8 +325,9 @@ def _open(
     proto: onnx.ModelProto, held: list[weights.Values], base: Path | None, notes: tuple[str, ...]
 ) -> Model:
     """Import a normal skeleton and give its constants their values."""
-    kept = envelope.take(proto)
-    graph = gs.import_onnx(proto)
+    with uncollected():
+        kept = envelope.take(proto)
+        graph = gs.import_onnx(proto)
     domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
     standard = next((o.version for o in domains if not o.domain), _DEFAULT_OPSET)
     for inner in walk(graph):
