@@ -301,8 +301,17 @@ def _serialize(proto: onnx.ModelProto, held: list[weights.Values]) -> bytes:
 
 
 def _load(proto: onnx.ModelProto, base: Path | None) -> Model:
+    try:
+        return _opened(proto, base)
+    except UnicodeDecodeError as error:  # of a library, which names an attribute
+        raise ModelError("the graph is invalid, and what is wrong is no text") from error
+
+
+def _opened(proto: onnx.ModelProto, base: Path | None) -> Model:
     if not proto.HasField("graph") or not proto.graph.output:
         raise ModelError("not an ONNX model: there is no graph with outputs in it")
+    if not wire.is_text(proto):
+        raise ModelError("the graph is invalid: a text in it is not UTF-8")
     normal.refuse(proto)
     held = weights.detach(proto.graph, base)
     light = onnx.ModelProto.FromString(proto.SerializeToString())

@@ -313,6 +313,7 @@ def _number(tensor: onnx.TensorProto) -> int | None:
 
 
 def _external(tensor: onnx.TensorProto, base: Path | None) -> ExternalValues:
+    stored_bytes(tensor)  # of a type and shape that there are
     entries = {e.key: e.value for e in tensor.external_data}
     location = entries.get("location", "")
     if base is None:

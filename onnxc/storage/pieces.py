@@ -110,6 +110,8 @@ def _tensor(file: BinaryIO, start: int, stop: int) -> tuple[onnx.TensorProto, li
             file.seek(field.start)
             parts.append(file.read(field.stop - field.start))
     tensor.ParseFromString(b"".join(parts))
+    if not wire.is_text(tensor):
+        raise DecodeError("the name of a tensor is no text")
     whole = Piece(tensor.name, 0, 0, _kind(tensor))
     found = [_piece(whole, f.inside, f.stop, _DATA[f.number]) for f in places]
     return tensor, found

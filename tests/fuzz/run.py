@@ -46,7 +46,7 @@ def _apart(name: str, folder: Path, seconds: float) -> bool:
     options = [
         *(f"-max_total_time={max(1, round(seconds))}", f"-rss_limit_mb={MEMORY}"),
         *(f"-timeout={TIMEOUT}", f"-max_len={LARGEST}", f"-artifact_prefix={folder}/"),
-        *("-print_final_stats=1", "-verbosity=0" if name == "quiet" else "-report_slow_units=5"),
+        *("-print_final_stats=1", "-report_slow_units=5"),
     ]
     start = time.monotonic()
     command = [sys.executable, __file__, "--only", name, str(corpus), *options]

@@ -75,6 +75,15 @@ def _model(data: bytes, folder: Path) -> None:
         raise AssertionError("nodes were lost on the way")
 
 
+def _packed(data: bytes, folder: Path) -> None:
+    """What is packed comes back, byte for byte, whatever it is."""
+    (folder / MODEL).write_bytes(data)
+    package.write(folder / MODEL, folder / "in.onnxz", False, lambda done, total: None)
+    _package((folder / "in.onnxz").read_bytes(), folder)
+    if (folder / "out" / MODEL).read_bytes() != data:
+        raise AssertionError("another file was unpacked than was packed")
+
+
 def _models(folder: Path) -> Iterator[bytes]:
     (folder / BESIDE).write_bytes(np.ones(64, np.float32).tobytes())
     yield from (mutants.sound(name).SerializeToString() for name in mutants.NAMES)
@@ -265,8 +274,8 @@ def _journal(data: bytes, folder: Path) -> None:
 
 def _journals(folder: Path) -> Iterator[bytes]:
     found = {
-        **{"plan": "p", "estimate": {"value": 1.0}, "stages": [], "ratio": None},
-        **{"size": 3, "macs": None},
+        **{"plan": "p", "estimate": {"drop": 0.1, "low": 0.0, "high": 0.2, "samples": 9}, "stages": [], "ratio": None},
+        **{"way": "w", "cost": 0.5, "bytes": 3},
     }
     lines: list[Any] = [{"model": "m"}, [found], {"model": "m"}]
     yield b"".join(json.dumps(line).encode() + b"\n" for line in lines[:2])
@@ -276,6 +285,7 @@ def _journals(folder: Path) -> Iterator[bytes]:
 TARGETS: dict[str, Target] = {
     "model": Target(_model, _models),
     "mutant": Target(_model, _models, _mutated),
+    "packed": Target(_packed, _models, _mutated),
     "package": Target(_package, _packages),
     "contents": Target(_contents, _split_packages),
     "statistics": Target(_statistics, _some_statistics),
