@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself; a second call installs nothing.
-.PHONY: demo test check nightly bench clean
+.PHONY: demo test check nightly fuzz bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,12 +26,16 @@ check: $(VENV)/.installed-dev
 nightly: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
+# FUZZ_SECONDS, FUZZ_FOLDER: how long all targets together, and where findings are kept
+fuzz: $(VENV)/.installed-fuzz
+	$(BIN)/python tests/fuzz/run.py
+
 bench: $(VENV)/.installed-dev
 	@set -e; for script in $(sort $(wildcard tests/bench/*.py)); do \
 	  echo "$$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) demo build dist .fuzz
 
 # The stamps are newer than pyproject.toml exactly when the installed packages are up to date.
 $(VENV)/.installed-all: pyproject.toml | $(BIN)/python
@@ -41,6 +45,10 @@ $(VENV)/.installed-all: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $(VENV)/.installed-all $@
+
+$(VENV)/.installed-fuzz: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[dev,fuzz]'
+	@touch $(VENV)/.installed-all $(VENV)/.installed-dev $@
 
 $(BIN)/python:
 	@for python in $(CANDIDATES); do \

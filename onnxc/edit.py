@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.util.misc import SynchronizedList
 
 from onnxc import weights
+
+_Insertions = Mapping[str, Sequence[gs.Node]]
 
 
 def opset(graph: gs.Graph) -> int:
@@ -196,12 +199,13 @@ def replace_uses(old: gs.Tensor, new: gs.Tensor, keep: Sequence[gs.Node] = ()) -
     Outputs of the graph stay as they are.
     """
     kept = {id(node) for node in keep}
-    for user in list(old.outputs):
-        if id(user) in kept:
-            continue
+    users = list(old.outputs)
+    list.__setitem__(old.outputs, slice(None), [user for user in users if id(user) in kept])
+    for user in (user for user in users if id(user) not in kept):
         for position, tensor in enumerate(user.inputs):
-            if tensor is old:
-                user.inputs[position] = new
+            if tensor is old:  # by the list itself: gs would look through all users for each
+                list.__setitem__(user.inputs, position, new)
+                list.append(new.outputs, user)
 
 
 def insert(
@@ -211,9 +215,83 @@ def insert(
 ) -> None:
     """Place new nodes before and after existing ones, by node name, in one sweep.
 
-    Raises KeyError for a name that no node of the graph has.
+    Within `gathering`, the sweep comes at its end. Raises KeyError for a name that no node has.
     """
-    ahead, behind = before or {}, after or {}
+    noted: _Noted | None = graph.__dict__.get("_noted")
+    if noted is None:
+        _sweep(graph, before or {}, after or {})
+        return
+    if noted.made & {*(before or {}), *(after or {})}:  # beside a node that is not in place yet
+        _place(graph, noted)
+    noted.add(before or {}, after or {})
+
+
+@contextmanager
+def gathering(graph: gs.Graph) -> Iterator[None]:
+    """For many insertions: new nodes are placed in one sweep at the end, bodies included."""
+    graphs = list(walk(graph))
+    for inner in graphs:
+        inner.__dict__["_noted"] = _Noted()
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        for inner in graphs:
+            noted = inner.__dict__.pop("_noted")
+            if is_done:
+                _place(inner, noted)
+
+
+def first_of(graph: gs.Graph, nodes: Sequence[gs.Node]) -> gs.Node:
+    """The one of some nodes that comes first in a graph; constant time while nodes stay in place.
+
+    Raises ValueError where none is in it.
+    """
+    found = _positions(graph, nodes)
+    noted = graph.__dict__.get("_noted")
+    if noted is not None and noted.made and len(found) < len(nodes):  # one is not in place yet
+        _place(graph, noted)
+        found = _positions(graph, nodes)
+    first: gs.Node = graph.nodes[min(found)]
+    return first
+
+
+def _positions(graph: gs.Graph, nodes: Sequence[gs.Node]) -> list[int]:
+    """Where nodes lie in a graph."""
+    known, count, places = graph.__dict__.get("_places", (None, 0, {}))
+    found = [places[id(node)] for node in nodes if id(node) in places]
+    is_known = known is graph.nodes and count == len(known) and len(found) == len(nodes)
+    if not is_known or any(graph.nodes[p] is not n for p, n in zip(found, nodes, strict=True)):
+        places = {id(node): position for position, node in enumerate(graph.nodes)}
+        graph.__dict__["_places"] = (graph.nodes, len(graph.nodes), places)
+        found = [places[id(node)] for node in nodes if id(node) in places]
+    return found
+
+
+@dataclass
+class _Noted:
+    """New nodes by the name of an existing one, and the names of all of them."""
+
+    ahead: dict[str, list[gs.Node]] = field(default_factory=dict)
+    behind: dict[str, list[gs.Node]] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
+
+    def add(self, before: _Insertions, after: _Insertions) -> None:
+        for name, nodes in before.items():
+            self.ahead.setdefault(name, []).extend(nodes)
+        for name, nodes in after.items():
+            self.behind[name] = [*nodes, *self.behind.get(name, ())]
+        self.made |= {node.name for some in (before, after) for ns in some.values() for node in ns}
+
+
+def _place(graph: gs.Graph, noted: _Noted) -> None:
+    if noted.made:
+        _sweep(graph, noted.ahead, noted.behind)
+    noted.ahead, noted.behind, noted.made = {}, {}, set()
+
+
+def _sweep(graph: gs.Graph, ahead: _Insertions, behind: _Insertions) -> None:
     nodes: list[gs.Node] = []
     for node in graph.nodes:
         nodes += ahead.get(node.name, ())

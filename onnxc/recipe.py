@@ -125,7 +125,7 @@ def loads(text: str) -> Recipe:
     exclude = read(table.get("exclude", []), patterns, "exclude")
     return Recipe(
         passes=tuple(_pass(entry) for entry in _list_of_tables(table.get("pass", []))),
-        seed=_seed(table.get("seed", 0)),
+        seed=read(table.get("seed", 0), int, "seed"),
         target=build(_Target, _subtable(table, "target"), "[target]").name,
         calibration=build(Calibration, _subtable(table, "calibration"), "[calibration]"),
         only=Selector.parse(include, exclude),
@@ -197,13 +197,6 @@ def _pass(table: Table) -> Pass:
         raise OptionError(f"a [[pass]] {what}{suggest(str(name), PASSES)}; the passes are: {known}")
     rest = {key: value for key, value in table.items() if key != "name"}
     return build(PASSES[name], rest, f"[[pass]] {name}")
-
-
-def _seed(value: Any) -> int:
-    seed: int = read(value, int, "seed")
-    if seed < 0:
-        raise OptionError(f"seed must be 0 or more, not {seed}")
-    return seed
 
 
 def _list_of_tables(value: Any) -> list[Table]:

@@ -56,7 +56,7 @@ class Target:
 
 
 def outcome(target: Target, data: bytes, folder: Path) -> str:
-    """"" or the sentence that the bytes are refused with. Raises what must not come."""
+    """ "" or the sentence that the bytes are refused with. Raises what must not come."""
     try:
         target.run(data, folder)
     except OnnxcError as error:
@@ -274,7 +274,12 @@ def _journal(data: bytes, folder: Path) -> None:
 
 def _journals(folder: Path) -> Iterator[bytes]:
     found = {
-        **{"plan": "p", "estimate": {"drop": 0.1, "low": 0.0, "high": 0.2, "samples": 9}, "stages": [], "ratio": None},
+        **{
+            "plan": "p",
+            "estimate": {"drop": 0.1, "low": 0.0, "high": 0.2, "samples": 9},
+            "stages": [],
+            "ratio": None,
+        },
         **{"way": "w", "cost": 0.5, "bytes": 3},
     }
     lines: list[Any] = [{"model": "m"}, [found], {"model": "m"}]
