@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself; a second call installs nothing.
-.PHONY: demo test check nightly test-matrix bench clean
+.PHONY: demo test check nightly test-matrix fuzz bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,12 +34,16 @@ test-matrix: $(VENV)-oldest/.installed $(VENV)-newest/.installed
 	  $(VENV)-$$end/bin/python -m pytest -n 2 --dist worksteal $(TESTS); done
 	$(VENV)-newest/bin/python tests/fresh.py
 
+# FUZZ_SECONDS, FUZZ_FOLDER: how long all targets together, and where findings are kept
+fuzz: $(VENV)/.installed-fuzz
+	$(BIN)/python tests/fuzz/run.py
+
 bench: $(VENV)/.installed-dev
 	@set -e; for script in $(sort $(wildcard tests/bench/*.py)); do \
 	  echo "$$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest demo build dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest demo build dist .fuzz
 
 # The stamps are newer than pyproject.toml exactly when the installed packages are up to date.
 $(VENV)/.installed-all: pyproject.toml | $(BIN)/python
@@ -56,6 +60,10 @@ $(VENV)-%/.installed: pyproject.toml tests/oldest.py | $(BIN)/python
 	$(BIN)/python tests/oldest.py $* > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --quiet -c $(@D)/constraints.txt -e '.[dev]'
 	@touch $@
+
+$(VENV)/.installed-fuzz: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[dev,fuzz]'
+	@touch $(VENV)/.installed-all $(VENV)/.installed-dev $@
 
 $(BIN)/python:
 	@for python in $(CANDIDATES); do \

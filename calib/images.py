@@ -22,6 +22,8 @@ SUFFIXES = {
     *(".ppm", ".pgm", ".pnm", ".avif", ".jp2"),
 }
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # a file without its end mark is decoded to be sure
+PIXELS = 1 << 26  # of an image of any size in bytes; a larger one has at most
+EXPANSION = 64  # so many for a byte of its file
 NAMED = 5  # files that a note or an error names
 
 
@@ -63,7 +65,8 @@ def _resized(image: Any, plan: Plan) -> Any:
 def _converted(image: Any, mode: str) -> Any:
     """8 bits a channel: of 16-bit images the upper 8."""
     if image.mode.startswith("I"):
-        image = pillow().fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        high = np.asarray(image) >> 8
+        image = pillow().fromarray(high.clip(0, 255, out=high).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("32-bit float images are not supported")
     return image if image.mode == mode else image.convert(mode)
@@ -72,7 +75,8 @@ def _converted(image: Any, mode: str) -> Any:
 def unreadable() -> tuple[type[BaseException], ...]:
     """What Pillow raises for a damaged file."""
     bomb = pillow().DecompressionBombError
-    return (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, bomb)
+    plain = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
+    return (*plain, MemoryError, RuntimeError, struct.error, zlib.error, bomb)
 
 
 class Images:
@@ -102,6 +106,8 @@ class Images:
         try:
             with pillow().open(path) as image:
                 height, width = image.height, image.width
+                if height * width > max(PIXELS, EXPANSION * path.stat().st_size):
+                    raise ValueError(f"{width} x {height} pixels in a file that is too small")
                 if ENDS.get(image.format or "", b"") not in _tail(path):
                     image.load()
         except unreadable() as error:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +40,11 @@ from calib.inputs import (
 from onnxc.errors import DataError
 
 LABELS = "labels"
-BROKEN = (OSError, ValueError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error)
+BROKEN: tuple[type[Exception], ...] = (  # what reading a damaged file may raise
+    *(OSError, ValueError, EOFError, KeyError, SyntaxError, TypeError, RuntimeError),
+    *(MemoryError, OverflowError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+    struct.error,
+)
 
 
 class Source(Protocol):

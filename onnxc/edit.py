@@ -7,7 +7,10 @@ with `tidy`. Constants are never written to: put a new one in place.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,8 +18,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.util.misc import SynchronizedList
 
 from onnxc import weights
+
+_Insertions = Mapping[str, Sequence[gs.Node]]
 
 
 def opset(graph: gs.Graph) -> int:
@@ -34,6 +40,8 @@ def set_opset(graph: gs.Graph, version: int) -> None:
 
 def bodies(node: gs.Node) -> list[gs.Graph]:
     """The graphs in a node's attributes: branches of If, bodies of Loop and Scan."""
+    if not node.attrs:
+        return []
     return [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
 
 
@@ -43,7 +51,8 @@ def walk(graph: gs.Graph) -> Iterator[gs.Graph]:
     while pending:
         current = pending.pop()
         yield current
-        pending += reversed([body for node in current.nodes for body in bodies(node)])
+        with_attributes = (node for node in current.nodes if node.attrs)
+        pending += reversed([body for node in with_attributes for body in bodies(node)])
 
 
 def captured(graph: gs.Graph) -> set[str]:
@@ -145,18 +154,58 @@ def tidy(graph: gs.Graph) -> None:
             tidy(body)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For making many objects that stay: the collector would walk them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def clone(graph: gs.Graph) -> gs.Graph:
+    """An independent graph, as it would be read again from a file; values are shared."""
+    with uncollected():
+        return _clone(graph, {})
+
+
+def _clone(graph: gs.Graph, seen: dict[int, gs.Tensor]) -> gs.Graph:
+    """seen: clones of tensors, also of the graphs around it, by the identity of the original."""
+    made = gs.Graph(
+        name=graph.name,
+        doc_string=graph.doc_string,
+        opset=graph.opset,
+        import_domains=[onnx.helper.make_opsetid(o.domain, o.version) for o in _domains(graph)],
+        producer_name=graph.producer_name,
+        producer_version=graph.producer_version,
+        ir_version=graph.ir_version,
+    )
+    made.inputs = [_twin(tensor, seen) for tensor in graph.inputs]
+    made.outputs = [_twin(tensor, seen) for tensor in graph.outputs]
+    for node in graph.nodes:
+        attributes = {name: _copied(value, seen) for name, value in node.attrs.items()}
+        inputs = [_twin(tensor, seen) for tensor in node.inputs]
+        outputs = [_twin(tensor, seen) for tensor in node.outputs]
+        made.nodes.append(gs.Node(node.op, node.name, attributes, inputs, outputs, node.domain))
+    return made
+
+
 def replace_uses(old: gs.Tensor, new: gs.Tensor, keep: Sequence[gs.Node] = ()) -> None:
     """Let every node that reads `old`, nested bodies included, read `new`; not those in `keep`.
 
     Outputs of the graph stay as they are.
     """
     kept = {id(node) for node in keep}
-    for user in list(old.outputs):
-        if id(user) in kept:
-            continue
+    users = list(old.outputs)
+    list.__setitem__(old.outputs, slice(None), [user for user in users if id(user) in kept])
+    for user in (user for user in users if id(user) not in kept):
         for position, tensor in enumerate(user.inputs):
-            if tensor is old:
-                user.inputs[position] = new
+            if tensor is old:  # by the list itself: gs would look through all users for each
+                list.__setitem__(user.inputs, position, new)
+                list.append(new.outputs, user)
 
 
 def insert(
@@ -166,9 +215,83 @@ def insert(
 ) -> None:
     """Place new nodes before and after existing ones, by node name, in one sweep.
 
-    Raises KeyError for a name that no node of the graph has.
+    Within `gathering`, the sweep comes at its end. Raises KeyError for a name that no node has.
     """
-    ahead, behind = before or {}, after or {}
+    noted: _Noted | None = graph.__dict__.get("_noted")
+    if noted is None:
+        _sweep(graph, before or {}, after or {})
+        return
+    if noted.made & {*(before or {}), *(after or {})}:  # beside a node that is not in place yet
+        _place(graph, noted)
+    noted.add(before or {}, after or {})
+
+
+@contextmanager
+def gathering(graph: gs.Graph) -> Iterator[None]:
+    """For many insertions: new nodes are placed in one sweep at the end, bodies included."""
+    graphs = list(walk(graph))
+    for inner in graphs:
+        inner.__dict__["_noted"] = _Noted()
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        for inner in graphs:
+            noted = inner.__dict__.pop("_noted")
+            if is_done:
+                _place(inner, noted)
+
+
+def first_of(graph: gs.Graph, nodes: Sequence[gs.Node]) -> gs.Node:
+    """The one of some nodes that comes first in a graph; constant time while nodes stay in place.
+
+    Raises ValueError where none is in it.
+    """
+    found = _positions(graph, nodes)
+    noted = graph.__dict__.get("_noted")
+    if noted is not None and noted.made and len(found) < len(nodes):  # one is not in place yet
+        _place(graph, noted)
+        found = _positions(graph, nodes)
+    first: gs.Node = graph.nodes[min(found)]
+    return first
+
+
+def _positions(graph: gs.Graph, nodes: Sequence[gs.Node]) -> list[int]:
+    """Where nodes lie in a graph."""
+    known, count, places = graph.__dict__.get("_places", (None, 0, {}))
+    found = [places[id(node)] for node in nodes if id(node) in places]
+    is_known = known is graph.nodes and count == len(known) and len(found) == len(nodes)
+    if not is_known or any(graph.nodes[p] is not n for p, n in zip(found, nodes, strict=True)):
+        places = {id(node): position for position, node in enumerate(graph.nodes)}
+        graph.__dict__["_places"] = (graph.nodes, len(graph.nodes), places)
+        found = [places[id(node)] for node in nodes if id(node) in places]
+    return found
+
+
+@dataclass
+class _Noted:
+    """New nodes by the name of an existing one, and the names of all of them."""
+
+    ahead: dict[str, list[gs.Node]] = field(default_factory=dict)
+    behind: dict[str, list[gs.Node]] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
+
+    def add(self, before: _Insertions, after: _Insertions) -> None:
+        for name, nodes in before.items():
+            self.ahead.setdefault(name, []).extend(nodes)
+        for name, nodes in after.items():
+            self.behind[name] = [*nodes, *self.behind.get(name, ())]
+        self.made |= {node.name for some in (before, after) for ns in some.values() for node in ns}
+
+
+def _place(graph: gs.Graph, noted: _Noted) -> None:
+    if noted.made:
+        _sweep(graph, noted.ahead, noted.behind)
+    noted.ahead, noted.behind, noted.made = {}, {}, set()
+
+
+def _sweep(graph: gs.Graph, ahead: _Insertions, behind: _Insertions) -> None:
     nodes: list[gs.Node] = []
     for node in graph.nodes:
         nodes += ahead.get(node.name, ())
@@ -200,6 +323,35 @@ def _node_reads(node: gs.Node) -> Iterator[gs.Tensor]:
     for body in bodies(node):
         for inner in walk(body):
             yield from reads(inner)
+
+
+def _domains(graph: gs.Graph) -> Sequence[onnx.OperatorSetIdProto]:
+    return graph.import_domains or ()
+
+
+def _twin(tensor: gs.Tensor, seen: dict[int, gs.Tensor]) -> gs.Tensor:
+    """The clone of a tensor, without makers and readers at first; values are shared from now on."""
+    made = seen.get(id(tensor))
+    if made is None:
+        made = seen[id(tensor)] = type(tensor).__new__(type(tensor))
+        made.__dict__.update(tensor.__dict__)
+        for side, other in (("inputs", "outputs"), ("outputs", "inputs")):
+            made.__dict__[side] = SynchronizedList(made, field_name=other, initial=[])
+        if isinstance(made, gs.Variable) and isinstance(made.shape, list):
+            made.shape = list(made.shape)
+        held = made.__dict__.get("_values")
+        if isinstance(held, np.ndarray):
+            held.flags.writeable = False
+    return made
+
+
+def _copied(value: Any, seen: dict[int, gs.Tensor]) -> Any:
+    """The value of an attribute for another node."""
+    if isinstance(value, gs.Graph):
+        return _clone(value, seen)
+    if isinstance(value, gs.Tensor):
+        return _twin(value, seen)
+    return list(value) if isinstance(value, list) else value
 
 
 def _names(graph: gs.Graph) -> set[str]:

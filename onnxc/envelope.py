@@ -121,8 +121,9 @@ def _is_remarkable(value: ValueInfoProto) -> bool:
 
 def _take_node(node: NodeProto, nodes: dict[str, NodeProto]) -> None:
     kept = NodeProto(name=node.name, op_type=node.op_type)
-    for name in _NODE_FIELDS:
-        _copy_field(node, kept, name)
+    for present, _ in node.ListFields():
+        if present.name in _NODE_FIELDS:
+            _copy_field(node, kept, present.name)
     kept.attribute.extend(a for a in node.attribute if not _is_carried(a))
     if kept.attribute:
         assign(node.attribute, [a for a in node.attribute if _is_carried(a)])

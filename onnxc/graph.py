@@ -27,9 +27,12 @@ from onnxc.edit import (
     become,
     bodies,
     captured,
+    clone,
     constant,
     constants,
+    first_of,
     fresh,
+    gathering,
     insert,
     is_spilling,
     nbytes,
@@ -40,6 +43,7 @@ from onnxc.edit import (
     spill,
     store,
     tidy,
+    uncollected,
     values,
     walk,
 )
@@ -59,8 +63,10 @@ __all__ = [
     "constant",
     "constants",
     "copy",
+    "first_of",
     "fresh",
     "from_skeleton",
+    "gathering",
     "insert",
     "is_spilling",
     "load",
@@ -199,12 +205,7 @@ def stored(proto: onnx.ModelProto, held: list[weights.Values]) -> Iterator[bytes
 
 def copy(model: Model) -> Model:
     """An independent model. Arrays of weights are shared, so they become read-only."""
-    proto, held = skeleton(model)
-    for array in held:
-        if isinstance(array, np.ndarray):
-            array.flags.writeable = False
-    kept = {name: getattr(model, name) for name in ("declared", "memory", "scratch")}
-    return replace(_open(proto, held, model.base, model.notes), **kept)
+    return replace(model, graph=clone(model.graph))
 
 
 def skeleton(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
@@ -303,8 +304,17 @@ def _serialize(proto: onnx.ModelProto, held: list[weights.Values]) -> bytes:
 
 
 def _load(proto: onnx.ModelProto, base: Path | None) -> Model:
+    try:
+        return _opened(proto, base)
+    except UnicodeDecodeError as error:  # of a library, which names an attribute
+        raise ModelError("the graph is invalid, and what is wrong is no text") from error
+
+
+def _opened(proto: onnx.ModelProto, base: Path | None) -> Model:
     if not proto.HasField("graph") or not proto.graph.output:
         raise ModelError("not an ONNX model: there is no graph with outputs in it")
+    if not wire.is_text(proto):
+        raise ModelError("the graph is invalid: a text in it is not UTF-8")
     normal.refuse(proto)
     held = weights.detach(proto.graph, base)
     light = onnx.ModelProto.FromString(proto.SerializeToString())
@@ -327,8 +337,9 @@ def _open(
     proto: onnx.ModelProto, held: list[weights.Values], base: Path | None, notes: tuple[str, ...]
 ) -> Model:
     """Import a normal skeleton and give its constants their values."""
-    kept = envelope.take(proto)
-    graph = gs.import_onnx(proto)
+    with uncollected():
+        kept = envelope.take(proto)
+        graph = gs.import_onnx(proto)
     domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
     standard = next((o.version for o in domains if not o.domain), _DEFAULT_OPSET)
     for inner in walk(graph):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from onnxc import weights
 from onnxc.errors import ModelError
@@ -33,6 +33,7 @@ _IR_OF_TYPES = (  # element types that came with an ir_version
     (range(_FLOAT8E8M0, _FLOAT8E8M0 + 1), 12),
     (range(_FLOAT8E8M0 + 1, 64), 13),
 )
+_KINDS = frozenset(TensorProto.DataType.values())
 _UNCHECKED = "unchecked"
 _EXPERIMENTAL = frozenset(  # ops of opset 1 without a schema: the checker prints that it skips them
     ("ATen", "Affine", "ConstantFill", "Crop", "DynamicSlice", "GRUUnit", "GivenTensorFill")
@@ -67,6 +68,8 @@ def refuse(model: ModelProto) -> None:
             what = _REFUSED_INPUTS[kind]
             raise ModelError(f"input {value.name!r} is {what}; onnxc takes tensors and sequences")
     for _, graph in graphs(model.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            _refuse_type(value)
         for sparse in graph.sparse_initializer:
             raise ModelError(
                 f"initializer {sparse.values.name!r} is sparse, which onnxc cannot carry; "
@@ -144,6 +147,14 @@ def _refuse_node(node: NodeProto) -> None:
             )
 
 
+def _refuse_type(value: ValueInfoProto) -> None:
+    kind = value.type.tensor_type.elem_type
+    if kind not in _KINDS:
+        raise ModelError(
+            f"tensor {value.name!r} is of the element type {kind}, which this onnxc does not know"
+        )
+
+
 def _set_domains(model: ModelProto) -> None:
     versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
     if not versions and model.ir_version < 3:
@@ -160,7 +171,11 @@ def _inline(model: ModelProto, notes: list[str]) -> ModelProto:
     if not model.functions:
         return model
     count = len(model.functions)
-    inlined = onnx.inliner.inline_local_functions(model)
+    try:
+        inlined = onnx.inliner.inline_local_functions(model)
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"the local functions cannot be inlined: {reason}") from error
     done = count - len(inlined.functions)
     if done:
         what = "local function was" if done == 1 else "local functions were"

@@ -202,7 +202,8 @@ def gather(
         calibration.notes.extend(_unanswered(pass_, missing, calibration))
         return stats
     settled = [key for key in missing if key.what in SETTLE_EARLY]
-    rest = [key for key in missing if key not in {*settled, *drifting}]
+    early = {*settled, *drifting}
+    rest = [key for key in missing if key not in early]
     say = partial(_count, progress, pass_.name) if progress is not None else None
     for keys, dataset in ((settled, few(calibration.dataset)), (rest, calibration.dataset)):
         if keys:

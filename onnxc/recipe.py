@@ -115,7 +115,9 @@ def loads(text: str) -> Recipe:
     """Read a recipe from TOML text. Raises OptionError naming the key and the known ones."""
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise OptionError("not valid TOML: it is nested too deep") from error
+    except ValueError as error:  # also of a number with too many digits
         raise OptionError(f"not valid TOML: {error}") from error
     refuse_unknown(table, TOP_KEYS, "the top level")
     patterns = tuple[str, ...]

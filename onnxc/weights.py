@@ -28,6 +28,7 @@ from onnxc.files import TemporaryFolder
 LARGE = 1 << 17  # bytes from which on a value of a big model goes to disk
 PIECE = 8 << 20  # bytes that are read at once
 KEEP = 1024  # bytes: tensors up to this size stay in a skeleton, for shape inference
+DIGITS = 19  # of a place in a file, at most
 _MARK = "onnxc:"
 _ALIGN = 4096
 
@@ -86,8 +87,20 @@ def _forget(path: Path, folder: TemporaryFolder) -> None:
 
 
 def stored_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes that a tensor of this type and shape takes in a file; low-bit types are packed."""
-    bits: int = ir.DataType(tensor.data_type).bitwidth
+    """Bytes that a tensor of this type and shape takes in a file; low-bit types are packed.
+
+    Raises ModelError when there is no such type or shape, or when texts are meant.
+    """
+    try:
+        bits: int = ir.DataType(tensor.data_type).bitwidth
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"initializer {tensor.name!r} is damaged: its type {tensor.data_type} has no fixed size"
+        ) from error
+    if min(tensor.dims, default=0) < 0:
+        raise ModelError(
+            f"initializer {tensor.name!r} is damaged: it has the shape {list(tensor.dims)}"
+        )
     return -(-int(prod(tensor.dims)) * bits // 8)
 
 
@@ -300,6 +313,7 @@ def _number(tensor: onnx.TensorProto) -> int | None:
 
 
 def _external(tensor: onnx.TensorProto, base: Path | None) -> ExternalValues:
+    stored_bytes(tensor)  # of a type and shape that there are
     entries = {e.key: e.value for e in tensor.external_data}
     location = entries.get("location", "")
     if base is None:
@@ -324,17 +338,23 @@ def is_inside(location: str) -> bool:
 
 def _integer(entries: dict[str, str], key: str, tensor: onnx.TensorProto) -> int:
     text = entries.get(key, "0")
-    if not text.isdecimal():
-        raise ModelError(f"weight {tensor.name!r}: external data has a bad {key} {text!r}")
+    if not text.isdecimal() or len(text) > DIGITS:
+        shown = text if len(text) <= DIGITS else f"of {len(text)} characters"
+        raise ModelError(f"weight {tensor.name!r}: external data has a bad {key} {shown!r}")
     return int(text)
 
 
 def _check_length(values: ExternalValues, declared: int, name: str) -> None:
-    if not values.path.is_file():
+    try:
+        held = values.path.stat().st_size if values.path.is_file() else None
+    except (OSError, ValueError) as error:  # no name of a file
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"external data of weight {name!r} cannot be read: {reason}") from error
+    if held is None:
         raise ModelError(f"external data {values.path} of weight {name!r} is missing")
     if declared and declared != values.nbytes:
         raise ModelError(
             f"weight {name!r} needs {values.nbytes} bytes, but its external data has {declared}"
         )
-    if values.offset + values.nbytes > values.path.stat().st_size:
+    if values.offset + values.nbytes > held:
         raise ModelError(f"external data {values.path} is too short for weight {name!r}")

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import onnx
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
 
 from onnxc import weights
 from onnxc.weights import KEEP, Values
 
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # numbers of fields in onnx.proto
+_TENSOR = onnx.TensorProto.DESCRIPTOR
 _WIDTHS = {1: 8, 5: 4}  # bytes of kinds of fixed length
 _VARINT, _SIZED = 0, 2  # kinds
 
@@ -105,6 +107,29 @@ def _read_varint(file: BinaryIO) -> int:
         if digit[0] < 128:
             return number
         shift += 7
+
+
+def is_text(message: Any) -> bool:
+    """Whether every text in a message is one: protobuf gives bytes for what is not UTF-8."""
+    pending = [message]
+    while pending:
+        current = pending.pop()
+        is_tensor = current.DESCRIPTOR is _TENSOR
+        for field, value in _described(current) if is_tensor else current.ListFields():
+            is_list = hasattr(value, "extend")
+            if field.type == FieldDescriptor.TYPE_STRING:
+                if not all(isinstance(text, str) for text in (value if is_list else (value,))):
+                    return False
+            elif field.message_type is not None:
+                pending += value if is_list else (value,)
+    return True
+
+
+def _described(tensor: onnx.TensorProto) -> Iterator[tuple[FieldDescriptor, Any]]:
+    """The fields of a tensor, but for its data, which would be copied."""
+    for name in ("name", "doc_string", "external_data", "metadata_props"):
+        if name in _TENSOR.fields_by_name:
+            yield _TENSOR.fields_by_name[name], getattr(tensor, name)
 
 
 def write(proto: onnx.ModelProto, held: list[Values], file: BinaryIO) -> None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.errors import OptionError
-from onnxc.graph import nbytes, tidy, values, walk
+from onnxc.graph import gathering, nbytes, tidy, values, walk
 from onnxc.numerics.blocks import Blocks, decibels, known_blocks, quantize_blocks
 from onnxc.ops import knowledge
 from onnxc.storage.stored import Writing, source, why_no_source
@@ -122,24 +122,26 @@ class QuantizeWeights:
     def apply(self, graph: gs.Graph, context: Context) -> list[Change | Skip]:
         allowed = context.only.names(graph)
         results: list[Change | Skip] = list(_without_weight(graph))
-        for weight in _weights(graph):
-            try:
-                self._guard(graph, weight, allowed, context.opset)
-            except RefusalError as refusal:
-                results += [Skip(name, str(refusal)) for name in weight.names]
-            else:
-                results += self._convert(graph, weight)
+        outputs = {id(tensor) for inner in walk(graph) for tensor in inner.outputs}
+        with gathering(graph):
+            for weight in _weights(graph):
+                try:
+                    self._guard(weight, allowed, context.opset, outputs)
+                except RefusalError as refusal:
+                    results += [Skip(name, str(refusal)) for name in weight.names]
+                else:
+                    results += self._convert(graph, weight)
         if any(isinstance(result, Change) for result in results):
             tidy(graph)
         return results
 
-    def _guard(self, graph: gs.Graph, weight: Weight, allowed: Names, opset: int) -> None:
+    def _guard(self, weight: Weight, allowed: Names, opset: int, outputs: set[int]) -> None:
         """Raise RefusalError where a weight must or should stay."""
         outside = [name for name in weight.names if name not in allowed]
         if outside:
             shares = f"shares its weight with {outside[0]}, which is excluded"
             raise RefusalError(shares if len(weight.names) > 1 else "excluded")
-        if any(tensor is weight.tensor for g in walk(graph) for tensor in g.outputs):
+        if id(weight.tensor) in outputs:
             raise RefusalError("its weight is an output of the graph")
         if weight.others:
             raise RefusalError(f"{weight.others[0]} reads its weight as data")

@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.core import Change, Context, Key, Skip, register
-from onnxc.graph import captured, nbytes, values
+from onnxc.graph import captured, gathering, nbytes, values
 from onnxc.numerics.packing import bits_for
 from onnxc.ops import QUANTIZERS, is_constant, knowledge
 from onnxc.storage.codebooks import WIDEST, Books, least_opset, stored_bytes
@@ -53,8 +53,9 @@ class StoreCodebooks:
         allowed, read = context.only.names(graph), captured(graph)
         books = Books(graph, context.opset)
         results: list[Change | Skip] = []
-        for weight in _weights(graph, allowed, read):
-            results += self._store(books, weight)
+        with gathering(graph):
+            for weight in _weights(graph, allowed, read):
+                results += self._store(books, weight)
         return results
 
     def _store(self, books: Books, weight: gs.Constant) -> Iterator[Change | Skip]:
@@ -104,10 +105,17 @@ def _weights(graph: gs.Graph, allowed: frozenset[str], read: set[str]) -> Iterat
 
 def _is_allowed(node: gs.Node, allowed: frozenset[str]) -> bool:
     """Whether a node may be touched, or is one that was made for such nodes to read."""
-    is_made = node.op in QUANTIZERS or node.op == "Mul"
-    return node.name in allowed or (
-        is_made and all(_is_allowed(n, allowed) for n in node.outputs[0].outputs)
-    )
+    pending, seen = [node], {id(node)}
+    while pending:
+        current = pending.pop()
+        if current.name in allowed:
+            continue
+        if current.op not in QUANTIZERS and current.op != "Mul":
+            return False
+        readers = [n for n in current.outputs[0].outputs if id(n) not in seen]
+        seen.update(map(id, readers))
+        pending += readers
+    return True
 
 
 def _is_weight(node: gs.Node, tensor: gs.Tensor) -> bool:

@@ -97,7 +97,10 @@ def _resumed(path: Path, subject: dict[str, Any]) -> Journal:
             f"{path} is of another search: {', '.join(sorted(keys))} differ; leave --resume out to "
             "start again, or give another output"
         )
-    found = {some[0]["plan"]: [_read(one) for one in some] for some in lines}
+    try:
+        found = {some[0]["plan"]: [_read(one) for one in some] for some in lines}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise OptionError(f"cannot go on with {path}: it is damaged; leave --resume out") from error
     with replacing(path) as (file,):  # without a line that was cut off
         file.writelines(_line(line) for line in (first, *lines))
     return Journal(path, found)
@@ -109,7 +112,7 @@ def _whole_lines(path: Path) -> list[Any]:
         text = path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1].splitlines()
         lines = [json.loads(line) for line in whole]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(f"cannot go on with {path}: {error}; leave --resume out") from error
     if not lines or not isinstance(lines[0], dict):
         raise OptionError(f"cannot go on with {path}: it is no journal; leave --resume out")

@@ -25,7 +25,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.graph import constant, fresh, insert, nbytes, replace_uses, store
+from onnxc.graph import constant, first_of, fresh, insert, nbytes, replace_uses, store
 from onnxc.numerics.packing import Layout, layout, pack
 
 INT32 = 6  # ONNX number
@@ -165,7 +165,6 @@ class Books:
         """Let all readers read what the last node makes, with the chain ahead of the first one."""
         made = gs.Variable(tensor.name, tensor.dtype, tensor.shape)
         nodes[-1].outputs = [made]
-        readers = {id(node) for node in tensor.outputs}
-        first = next(node for node in self.graph.nodes if id(node) in readers)
+        first = first_of(self.graph, tensor.outputs)
         replace_uses(tensor, made)
         insert(self.graph, before={first.name: nodes})

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from onnxc import wire
 from onnxc.errors import ModelError
 from onnxc.storage.streams import WIDTHS, Kind
-from onnxc.weights import is_inside, stored_bytes
+from onnxc.weights import DIGITS, is_inside, stored_bytes
 
 LEAST = 512  # bytes of data that are coded by themselves
 _SIZED = 2  # the kind of a field with a length in front
@@ -110,6 +110,8 @@ def _tensor(file: BinaryIO, start: int, stop: int) -> tuple[onnx.TensorProto, li
             file.seek(field.start)
             parts.append(file.read(field.stop - field.start))
     tensor.ParseFromString(b"".join(parts))
+    if not wire.is_text(tensor):
+        raise DecodeError("the name of a tensor is no text")
     whole = Piece(tensor.name, 0, 0, _kind(tensor))
     found = [_piece(whole, f.inside, f.stop, _DATA[f.number]) for f in places]
     return tensor, found
@@ -138,8 +140,8 @@ def _external(path: Path, tensor: onnx.TensorProto) -> tuple[str, Piece]:
         raise ModelError(
             f"external data {name!r} of weight {tensor.name!r} is not beside the model"
         )
-    if not all(number.isdecimal() for number in numbers):
-        raise ModelError(f"weight {tensor.name!r}: external data has a bad place {numbers}")
+    if not all(number.isdecimal() and len(number) <= DIGITS for number in numbers):
+        raise ModelError(f"weight {tensor.name!r}: external data has a bad place")
     start, length = map(int, numbers)
     stop = start + (length or stored_bytes(tensor))
     if stop > (path.parent / name).stat().st_size:

@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxc.graph import constant, fresh, insert, replace_uses, store
+from onnxc.graph import constant, first_of, fresh, insert, replace_uses, store
 from onnxc.numerics.blocks import Blocks, pack_columns
 
 FLOAT = 1  # ONNX number of float32
@@ -174,6 +174,4 @@ class Writing:
         nodes[-1].outputs[0].dtype = self.tensor.dtype
         nodes[-1].outputs[0].shape = self.tensor.shape
         replace_uses(self.tensor, nodes[-1].outputs[0])
-        wanted = {id(node) for node in readers}
-        first = next(node for node in self.graph.nodes if id(node) in wanted)
-        insert(self.graph, before={first.name: nodes})
+        insert(self.graph, before={first_of(self.graph, readers).name: nodes})
