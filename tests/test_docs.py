@@ -34,7 +34,10 @@ from onnxc.targets import TARGETS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-SLOW = {"docs/accuracy-fell.md"}  # runs a dozen quantizations
+SLOW = {  # minutes: a dozen quantizations, searches, layers taken one by one
+    f"docs/{name}.md"
+    for name in ("accuracy-fell", "analyze", "compress", "few-bits", "sparsity", "weight-sharing")
+}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FIGURE = re.compile(r"  +|:|(?:^|(?<=\s))[+-]?\d")  # where the label of a line ends
 SET_UP = ("make ", "pip ", "git ", "cd ", "python -m pip ", "python -m venv ")
