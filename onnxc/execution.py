@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from calib.data import Dataset
 from onnxc.errors import ModelError
 from onnxc.fidelity import compare
-from onnxc.pairs import Subject
+from onnxc.pairs import Subject, excess
 from onnxc.runtime import Runtime
 
 PLAIN = "none"  # the level without optimizations
 SAMPLES = 4  # kernels without optimizations are slow, and a fault of others shows in every sample
+STAGED = "the models run in stages, which takes too long to do it again without optimizations"
 EXACT = 60.0  # dB: from here on, other sums of the same numbers differ by rounding
 
 
@@ -29,8 +30,8 @@ EXACT = 60.0  # dB: from here on, other sums of the same numbers differ by round
 class Execution:
     """How a result was run to be proven. samples: behind plain and moved, in dB (see above).
 
-    Both are None where the proof itself ran without optimizations, or where a model does not run
-    without them: then failure says why.
+    Both are None where the proof itself ran without optimizations, where a model does not run
+    without them, or where memory does not hold both models: then failure says why.
     """
 
     runtime: Runtime
@@ -55,6 +56,8 @@ def execution(
         return Execution(runtime)
     count = min(SAMPLES, len(judge))
     few = judge.subset([i * len(judge) // count for i in range(count)])
+    if excess([original, result], next(iter(few.batches(1)))):
+        return Execution(runtime, failure=STAGED)
     plain = replace(runtime, level=PLAIN)
     try:
         rewritten = compare(original, result, few, plain)

@@ -79,7 +79,7 @@ def _quality_rows(comparison: Comparison | None) -> Iterator[Row]:
 
 def _execution_rows(execution: Execution | None) -> Iterator[Row]:
     if execution is not None and execution.failure:
-        yield "not optimized", "", "does not run", ""
+        yield "not optimized", "", "not known", ""
     if execution is None or execution.plain is None or execution.moved is None:
         return
     moved = "equal" if execution.moved >= SQNR_CAP else f"differs by {execution.moved:.1f} dB"

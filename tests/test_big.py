@@ -98,6 +98,7 @@ def test_300_megabytes_in_a_quarter(medium: Path) -> None:
     assert report["speedup"] is None
     assert report["before"]["latency"] is None
     assert any(note.startswith("latency was not measured") for note in report["notes"])
+    assert "run in stages" in report["execution"]["failure"]
     assert report["comparison"]["sqnr"] > 25
     onnx.checker.check_model(output)
     data = ("--data", str(medium.parent / "tokens.npy"))
