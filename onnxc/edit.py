@@ -333,7 +333,7 @@ def _twin(tensor: gs.Tensor, seen: dict[int, gs.Tensor]) -> gs.Tensor:
     """The clone of a tensor, without makers and readers at first; values are shared from now on."""
     made = seen.get(id(tensor))
     if made is None:
-        made = seen[id(tensor)] = type(tensor).__new__(type(tensor))
+        made = seen[id(tensor)] = object.__new__(type(tensor))
         made.__dict__.update(tensor.__dict__)
         for side, other in (("inputs", "outputs"), ("outputs", "inputs")):
             made.__dict__[side] = SynchronizedList(made, field_name=other, initial=[])
