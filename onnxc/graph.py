@@ -217,7 +217,7 @@ def skeleton(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
     graph = model.graph
     held: list[weights.Values] = []
     opsets = _opset_imports(graph)
-    with _stubs(graph, held):
+    with _stubs(graph, held), uncollected():
         proto = gs.export_onnx(graph, do_type_check=False, opset_imports=opsets)
     _share_constants(graph, proto.graph)
     envelope.restore(proto, model.envelope)
@@ -305,7 +305,8 @@ def _serialize(proto: onnx.ModelProto, held: list[weights.Values]) -> bytes:
 
 def _load(proto: onnx.ModelProto, base: Path | None) -> Model:
     try:
-        return _opened(proto, base)
+        with uncollected():
+            return _opened(proto, base)
     except UnicodeDecodeError as error:  # of a library, which names an attribute
         raise ModelError("the graph is invalid, and what is wrong is no text") from error
 
@@ -337,8 +338,8 @@ def _open(
     proto: onnx.ModelProto, held: list[weights.Values], base: Path | None, notes: tuple[str, ...]
 ) -> Model:
     """Import a normal skeleton and give its constants their values."""
+    kept = envelope.take(proto)
     with uncollected():
-        kept = envelope.take(proto)
         graph = gs.import_onnx(proto)
     domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
     standard = next((o.version for o in domains if not o.domain), _DEFAULT_OPSET)

@@ -13,6 +13,7 @@ from typing import Any
 import mutants
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from PIL import Image
 from texts import context
@@ -142,11 +143,6 @@ def check_command(command: str, path: Path, seed: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_on_a_mutant(command: str, tmp_path: Path) -> None:
-    check_command(command, write(tmp_path, mutants.mutant(7, "convolution")), 7)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_on_mutants(command: str, tmp_path: Path) -> None:
@@ -154,6 +150,71 @@ def test_commands_on_mutants(command: str, tmp_path: Path) -> None:
         check_command(command, write(tmp_path, mutants.mutant(seed)), seed) for seed in range(60)
     ]
     assert sum(written) > 10
+
+
+FILLINGS: dict[str, Callable[[Any], Any]] = {
+    "NaN": lambda x: np.full_like(x, np.nan),
+    "one infinity": lambda x: np.where(np.arange(x.size).reshape(x.shape) == 1, np.inf, x),
+    "denormal": lambda x: np.full_like(x, 1e-42),
+    "zeros": np.zeros_like,
+    "the largest": lambda x: np.full_like(x, np.finfo(np.float32).max),
+    "a dead channel": lambda x: np.where(np.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1)), x, 0),
+}
+SIXTEEN = ", ".join(str(0.1 * i) for i in range(16))
+EDGES = {
+    "no samples": f"""g (float[0,4] x) => (float[0,4] y) <float[4,4] W = {{{SIXTEEN}}}> {{
+        y = MatMul (x, W) }}""",
+    "no channels": """g (float[N,0] x) => (float[N,4] y) <float[0,4] W = {}> {
+        y = MatMul (x, W) }""",
+    "scalars": """g (float x) => (float y) <float w = {2}> { z = Mul (x, w) y = Relu (z) }""",
+    "constant activations": f"""g (float[N,4] x) => (float[N,4] y)
+        <float[4,4] W = {{{SIXTEEN}}}, float[1] o = {{0}}> {{
+            z = Mul (x, o)
+            y = MatMul (z, W) }}""",
+}
+
+
+def filled(name: str, filling: str) -> onnx.ModelProto:
+    """A sound model with other weights."""
+    model = mutants.sound(name)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = FILLINGS[filling](onnx.numpy_helper.to_array(tensor)).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    return model
+
+
+def edge(name: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]>' + EDGES[name])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a command refuses what is not finite
+@pytest.mark.parametrize("filling", FILLINGS)
+def test_passes_on_odd_weights(filling: str, tmp_path: Path) -> None:
+    check_passes(write(tmp_path, filled("convolution", filling)))
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_passes_on_odd_shapes(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, edge(name))
+    assert refusal(path) == ""
+    check_passes(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filling", FILLINGS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_on_odd_weights(command: str, filling: str, tmp_path: Path) -> None:
+    """What is not finite is refused; all else is written whole."""
+    is_written = check_command(command, write(tmp_path, filled("convolution", filling)), 0)
+    assert is_written == (filling not in ("NaN", "one infinity", "the largest"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_on_odd_shapes(command: str, name: str, tmp_path: Path) -> None:
+    check_command(command, write(tmp_path, edge(name)), 0)
 
 
 def edited(name: str, edit: Callable[[onnx.ModelProto], object]) -> onnx.ModelProto:
