@@ -120,7 +120,7 @@ def _child(arguments: list[str], out: str, err: str) -> None:
     from onnxc import bench, opening
 
     opening.ROUNDS = 1
-    bench.Length.is_over = lambda self, rounds, seconds: rounds >= ROUNDS  # type: ignore[method-assign]
+    bench.Length.is_over = lambda self, calm, rounds, seconds: rounds >= ROUNDS  # type: ignore[method-assign]
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     sys.exit(run_command(arguments))
