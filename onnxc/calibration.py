@@ -130,7 +130,7 @@ def merge_statistics(files: Iterable[ModelPath], *, output: ModelPath) -> Calibr
     start, paths = time.perf_counter(), [Path(file) for file in files]
     if len(paths) < 2:
         raise OptionError("there is nothing to merge: give two statistics files or more")
-    place = check_output(output, *paths)
+    place = check_output(output)  # which may be one of them: they are read first
     merged = merge.merge(paths)
     statistics.save(merged, place)
     return _report(merged, place, tuple(map(str, paths)), start, tuple(_differences(merged)))

@@ -85,9 +85,3 @@ def test_what_is_read_is_not_written_over(place: Path, capsys: Any) -> None:
     arguments = (*COMMANDS["quantize"], "--recipe", "recipe.toml", "-o", "recipe.toml")
     assert run(arguments) == 2
     assert "recipe.toml is the input itself" in capsys.readouterr().err
-    for seed, name in (("1", "a"), ("2", "b")):
-        assert run([*COMMANDS["calibrate"], "--seed", seed, "-o", name]) == 0
-    before = Path("a").read_bytes()
-    assert run(["calibrate", "--merge", "a", "b", "-o", "a"]) == 2
-    assert "a is the input itself" in capsys.readouterr().err
-    assert Path("a").read_bytes() == before
