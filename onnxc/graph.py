@@ -304,11 +304,8 @@ def _serialize(proto: onnx.ModelProto, held: list[weights.Values]) -> bytes:
 
 
 def _load(proto: onnx.ModelProto, base: Path | None) -> Model:
-    try:
-        with uncollected():
-            return _opened(proto, base)
-    except UnicodeDecodeError as error:  # of a library, which names an attribute
-        raise ModelError("the graph is invalid, and what is wrong is no text") from error
+    with uncollected():
+        return _opened(proto, base)
 
 
 def _opened(proto: onnx.ModelProto, base: Path | None) -> Model:
