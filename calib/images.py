@@ -22,8 +22,8 @@ SUFFIXES = {
     *(".ppm", ".pgm", ".pnm", ".avif", ".jp2"),
 }
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # a file without its end mark is decoded to be sure
-PIXELS = 1 << 26  # of an image of any size in bytes; a larger one has at most
-EXPANSION = 64  # so many for a byte of its file
+PIXELS = 1 << 26  # that an image may have, however small its file is
+EXPANSION = 64  # pixels for each byte of its file, that one with more may have
 NAMED = 5  # files that a note or an error names
 
 

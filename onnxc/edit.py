@@ -51,8 +51,7 @@ def walk(graph: gs.Graph) -> Iterator[gs.Graph]:
     while pending:
         current = pending.pop()
         yield current
-        with_attributes = (node for node in current.nodes if node.attrs)
-        pending += reversed([body for node in with_attributes for body in bodies(node)])
+        pending += reversed([body for node in current.nodes for body in bodies(node)])
 
 
 def captured(graph: gs.Graph) -> set[str]:

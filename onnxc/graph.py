@@ -336,8 +336,7 @@ def _open(
 ) -> Model:
     """Import a normal skeleton and give its constants their values."""
     kept = envelope.take(proto)
-    with uncollected():
-        graph = gs.import_onnx(proto)
+    graph = gs.import_onnx(proto)
     domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
     standard = next((o.version for o in domains if not o.domain), _DEFAULT_OPSET)
     for inner in walk(graph):

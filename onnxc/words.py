@@ -79,11 +79,12 @@ def _quality_rows(comparison: Comparison | None) -> Iterator[Row]:
 
 def _execution_rows(execution: Execution | None) -> Iterator[Row]:
     if execution is not None and execution.failure:
-        yield "not optimized", "", "not known", ""
+        yield "SQNR, not optimized", "", "not known", ""
     if execution is None or execution.plain is None or execution.moved is None:
         return
-    moved = "equal" if execution.moved >= SQNR_CAP else f"differs by {execution.moved:.1f} dB"
-    yield "not optimized", "", f"{execution.plain:.1f} dB", moved
+    is_equal = execution.moved >= SQNR_CAP
+    moved = "as optimized" if is_equal else f"{execution.moved:.1f} dB to the optimized run"
+    yield "SQNR, not optimized", "", f"{execution.plain:.1f} dB", moved
 
 
 def _bounds(interval: tuple[float, float] | None) -> str:

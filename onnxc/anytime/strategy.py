@@ -5,8 +5,6 @@
     3  on each of these, the harshest move that keeps the bound, those chosen before staying
     4  exchange: a step further on one ladder for steps back on others, and a step back where that
        costs nothing, until nothing gets better
-    5  3 and 4 once more from the original, the first ladder being the last: where its gain had its
-       price, the others had no room left
 
 It is a generator: it asks for a plan and is sent the best candidate of it.
 """
@@ -87,13 +85,6 @@ class Descent:
                 high = index
             index = (low + high) // 2
 
-    def descended(self, ladders: Sequence[Ladder]) -> Search:
-        """The harshest move of one ladder after the other, then exchanges between all."""
-        for ladder in ladders:
-            yield from self.harshest(ladder)
-        own = [ladder for ladder, _ in self.chosen.values()]
-        yield from self.exchanged([*own, *(one for one in ladders if one not in own)])
-
     def exchanged(self, ladders: Sequence[Ladder]) -> Search:
         """Steps back that cost nothing and steps further for steps back, until none is better."""
         is_new = True
@@ -164,8 +155,9 @@ def search(ladders: Sequence[Ladder], rule: Rule, original: Found) -> Search:
         gain = -1.0 if found.failure else 1 - found.cost
         worth.append((-gain / max(found.estimate.drop, LEAST_DROP), number))
     order = [ladders[1 + number] for value, number in sorted(worth) if value < 0]
-    yield from state.descended(order)
-    yield from Descent(rule, original).descended([*order, first])
+    for ladder in order:
+        yield from state.harshest(ladder)
+    yield from state.exchanged((first, *order))
 
 
 def moves_of(ladders: Sequence[Ladder]) -> dict[str, Move]:
