@@ -13,7 +13,8 @@ import pytest
 from onnx import NodeProto, TensorProto, helper
 from texts import context
 
-from onnxc.edit import clone, first_of, gathering, insert, replace_uses, walk
+from onnxc import edit
+from onnxc.edit import clone, first_of, gathering, insert, replace_uses, store, walk
 from onnxc.graph import Model, load, save, to_bytes
 from onnxc.pipeline import Step, apply_pass, prepare
 from passes.quantize_weights import QuantizeWeights
@@ -143,6 +144,15 @@ def test_many_insertions_are_placed_in_one_sweep() -> None:
     assert names == [first.name, "z", "a", "b", second.name, "c", "d", third.name]
 
 
+def test_weights_are_quantized_in_one_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sweeps = load(products(500)), []
+    prepare(model, FEED)
+    sweep = edit._sweep
+    monkeypatch.setattr(edit, "_sweep", lambda *given: sweeps.append(1) or sweep(*given))
+    results = QuantizeWeights(smallest=64).apply(model.graph, context(model))
+    assert len(results) == 10 and len(sweeps) == 1
+
+
 def test_insertions_that_an_error_cut_short_are_dropped() -> None:
     graph = load(proto(chain(2, "Relu"))).graph
     before = list(graph.nodes)
@@ -185,3 +195,12 @@ def test_a_clone_is_independent_and_the_same() -> None:
     assert not inside & outside
     twin.graph.nodes[0].op = "Other"
     assert to_bytes(model) == before
+
+
+def test_values_that_a_clone_shares_cannot_be_written() -> None:
+    graph = load(proto(chain(2, "MatMul", "w"), weight("w", 4, 4))).graph
+    held = store(graph, "held", np.zeros(4, np.float32))
+    graph.nodes[0].inputs[1] = held
+    clone(graph)
+    with pytest.raises(ValueError, match="read-only"):
+        held.values[0] = 1
