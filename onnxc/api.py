@@ -28,6 +28,7 @@ from onnxc.compression import Attempt, Compressed, attempt, compress_model
 from onnxc.cost import file_bytes, inspect, quantized_as
 from onnxc.errors import ModelError, OptionError
 from onnxc.execution import Execution, execution
+from onnxc.files import alone
 from onnxc.fixed_graph import run_in_integers
 from onnxc.graph import Model, load, save
 from onnxc.graph import size as model_size
@@ -161,7 +162,7 @@ def compress(
     task = replace(COMPRESS, aim=replace(COMPRESS.aim, seeks=seeks))
     job, bound = checked(task, wanted), BOUND if max_drop is None else max_drop
     check_packing(job.output)
-    with naming(job.path):
+    with naming(job.path), alone(job.output, wait=False):
         found = searched(job, settings, bound, max_time, resume)
     report = _report(job, found.result, found.missed, True)
     report = _blamed(report, job, found.result, wanted)

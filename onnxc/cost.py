@@ -29,6 +29,7 @@ from onnxc.stages import Source, staged
 from onnxc.storage.package import is_package, plain
 from onnxc.storage.stored import source, why_no_source
 from onnxc.targets import Target, choose
+from onnxc.weights import locations
 
 Shape = Sequence[int | str | None] | None
 Names = frozenset[str]
@@ -127,10 +128,9 @@ def external_files(path: str | Path) -> list[Path]:
         proto = read(Path(path))
     except ModelError as error:
         raise ModelError(f"{path} is not an ONNX model") from error
-    entries = (entry for tensor in _stored(proto.graph) for entry in tensor.external_data)
-    places = {entry.value for entry in entries if entry.key == "location"}
     model = plain(path)
-    return sorted(model.parent / place for place in places - {model.name})
+    places = locations(_stored(proto.graph)) - {model.name}
+    return sorted(model.parent / place for place in places)
 
 
 def _stored(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

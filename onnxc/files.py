@@ -85,6 +85,50 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
             weakref.finalize(self, os.close, _claimed(self.name))
 
 
+@contextmanager
+def alone(path: str | Path, wait: bool = True) -> Iterator[None]:
+    """Be the only one that writes a path, for the time of the block, among those who ask for it.
+
+    wait: for another one who is; else raises OptionError. So does a folder that cannot be written.
+    """
+    if fcntl is None:
+        yield
+        return
+    target = Path(path)
+    place = target.with_name(f".{HERE}{zlib.crc32(target.name.encode()):08x}{END}")
+    try:
+        file = _sole(place, wait)
+    except BlockingIOError as error:
+        raise OptionError(
+            f"another run writes {target}: wait for its end, or give another output"
+        ) from error
+    except OSError as error:
+        raise OptionError(_sentence(target, error)) from error
+    with file:
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, at once, in place of what had it; a copy where there are no links.
+
+    Raises OptionError when it cannot be written.
+    """
+    temporary = target.with_name(f".{HERE}{uuid4().hex}{END}")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise OptionError(_sentence(target, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def sweep(folder: Path) -> None:
     """Remove what processes that live no more have left in a folder."""
     if fcntl is None or not folder.is_dir():
@@ -119,6 +163,25 @@ def _create(temporary: Path, target: Path) -> BinaryIO:
         return file
     file.close()
     return _create(temporary, target)
+
+
+def _sole(place: Path, wait: bool) -> BinaryIO:
+    """A file of that name, opened and locked; once more where another one removed it meanwhile.
+
+    Raises BlockingIOError where it is locked already, and is not to be waited for.
+    """
+    file = place.open("ab")
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.path.samestat(os.fstat(file.fileno()), place.stat()):
+            return file
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return _sole(place, wait)
 
 
 def _claimed(folder: str) -> int:

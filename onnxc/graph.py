@@ -49,7 +49,7 @@ from onnxc.edit import (
 )
 from onnxc.envelope import Envelope
 from onnxc.errors import ModelError
-from onnxc.files import TemporaryFolder, replacing
+from onnxc.files import TemporaryFolder, alone, link, replacing
 from onnxc.storage.package import plain
 
 __all__ = [
@@ -288,10 +288,35 @@ def _write(proto: onnx.ModelProto, held: list[weights.Values], path: Path) -> No
         with replacing(path) as (file,):
             wire.write(proto, held, file)
         return
-    beside = path.with_name(f"{path.name}.data")
+    beside, aside = (path.with_name(f"{path.name}.{end}") for end in ("data", "new.data"))
+    with alone(path):
+        if not _is_read_by(path, beside):
+            _write_pair(proto, held, beside, path)
+        else:  # the old model needs its weights until the new one has its name
+            _write_pair(proto, held, aside, path)
+            link(aside, beside)
+            weights.move(proto.graph, aside.name, beside.name)
+            with replacing(path) as (file,):
+                file.write(proto.SerializeToString())
+        aside.unlink(missing_ok=True)
+
+
+def _write_pair(
+    proto: onnx.ModelProto, held: list[weights.Values], beside: Path, path: Path
+) -> None:
     with replacing(beside, path) as (big, file):
         weights.spill(proto.graph, held, big, beside.name)
         file.write(proto.SerializeToString())
+
+
+def _is_read_by(path: Path, beside: Path) -> bool:
+    """Whether a model is there whose weights are in that file."""
+    try:
+        return beside.exists() and beside.name in weights.locations(
+            weights.tensors(read(path).graph)
+        )
+    except ModelError:
+        return False
 
 
 def _serialize(proto: onnx.ModelProto, held: list[weights.Values]) -> bytes:

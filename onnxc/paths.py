@@ -55,13 +55,16 @@ def stamps(*inputs: Any) -> dict[Path, Stamp]:
     return {path: _stamp(path) for path in paths if path.is_file()}
 
 
-def check_unchanged(before: Mapping[Path, Stamp]) -> None:
-    """Raise ModelError where a file is not what it was: what was read of it may be of both."""
+def check_unchanged(before: Mapping[Path, Stamp], left: str = "nothing was written") -> None:
+    """Raise ModelError where a file is not what it was: what was read of it may be of both.
+
+    left: the part of a sentence that says what is on disk then.
+    """
     for path, stamp in before.items():
         if not path.is_file():
-            raise ModelError(f"{path} went away while it was read; nothing was written")
+            raise ModelError(f"{path} went away while it was read; {left}")
         if _stamp(path) != stamp:
-            raise ModelError(f"{path} changed while it was read; nothing was written: try again")
+            raise ModelError(f"{path} changed while it was read; {left}: try again")
 
 
 def _stamp(path: Path) -> Stamp:

@@ -306,6 +306,19 @@ def refer_to(tensor: onnx.TensorProto, location: str, offset: int = 0, length: i
         tensor.external_data.add(key="length", value=str(length))
 
 
+def locations(tensors: Iterable[onnx.TensorProto]) -> set[str]:
+    """The names of the files that hold tensors."""
+    entries = (entry for tensor in tensors for entry in tensor.external_data)
+    return {entry.value for entry in entries if entry.key == "location"}
+
+
+def move(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Refer to a file by its new name."""
+    for entry in (entry for tensor in tensors(graph) for entry in tensor.external_data):
+        if (entry.key, entry.value) == ("location", old):
+            entry.value = new
+
+
 def _number(tensor: onnx.TensorProto) -> int | None:
     places = (e.value for e in tensor.external_data if e.key == "location")
     mark = next((place for place in places if place.startswith(_MARK)), None)

@@ -23,6 +23,7 @@ from calib.cluster import connected
 from onnxc import cli, recipe
 from onnxc.anytime import searched
 from onnxc.anytime.moves import ladders
+from onnxc.files import alone
 from onnxc.runtime import run, session
 from onnxc.storage import package
 
@@ -79,6 +80,17 @@ def test_the_smallest_file_under_a_bound(
     assert "72 samples, chosen on 24 held out of them, judged on 24 others of --data" in " ".join(
         report["notes"]
     )
+
+
+def test_a_second_search_of_the_same_output_is_refused(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.onnx"
+    with alone(output):
+        code = cli.run(_arguments(files, output))
+    assert code == 2
+    assert f"Error: another run writes {output}: wait for its end" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_report_replays_byte_for_byte(files: tuple[Path, Path], tmp_path: Path) -> None:

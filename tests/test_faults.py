@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import OLD, Case, Outcome, Server, serving
+from faults import OLD, Case, Outcome, Server, killed, serving
 
+from onnxc import graph
 from onnxc.files import OURS
+from onnxc.graph import load
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and sets limits")
 
@@ -134,6 +136,28 @@ def test_interrupted_at_any_change_of_a_file(name: str, bench: Bench) -> None:
         assert found.err == "Interrupted; no partial file was left.\n"
         check_survived(found, whole)
         assert temporary(found) == []
+
+
+def test_killed_while_weights_get_a_file_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any change of a file a model is there, and its weights are its own."""
+    monkeypatch.setattr(graph, "SPLIT", 1000)
+    old, new, path = load(MODEL), load(MODEL), tmp_path / "out.onnx"
+    for tensor in graph.constants(new.graph):
+        tensor.values = 1 + graph.values(tensor)
+    at, code, found, files = 0, 137, list[bytes](), [path.name, f"{path.name}.data"]
+    while code:
+        graph.save(old, path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == files
+        code = killed(lambda: graph.save(new, path), at)
+        assert code in (0, 137)
+        found.append(graph.to_bytes(load(path)))
+        at += 1
+    before, after = graph.to_bytes(old), graph.to_bytes(new)
+    turn = found.index(after)
+    assert found == [before] * turn + [after] * (at - turn)
+    assert 2 < turn < at - 5
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,11 @@ import pytest
 
 from onnxc import files
 from onnxc.errors import OptionError
-from onnxc.files import END, HERE, OLD, TemporaryFolder, replacing, sweep
+from onnxc.files import END, HERE, OLD, TemporaryFolder, alone, link, replacing, sweep
 
 
-def failing(error: BaseException) -> Callable[[int], None]:
-    def fail(handle: int) -> None:
+def failing(error: BaseException) -> Callable[..., None]:
+    def fail(*given: object) -> None:
         raise error
 
     return fail
@@ -171,3 +172,66 @@ def test_two_that_write_one_file_leave_one_of_them_whole(tmp_path: Path) -> None
             two.write(b"second " * 1000)
         assert (tmp_path / "a").read_bytes() == b"second " * 1000
     assert (tmp_path / "a").read_bytes() == b"first " * 1000
+
+
+def test_another_run_of_the_same_output_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "out.onnx"
+    with alone(path), alone(tmp_path / "other.onnx"):
+        words = r"another run writes .*out\.onnx: wait for its end"
+        with pytest.raises(OptionError, match=words), alone(path, wait=False):
+            pass
+        sweep(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == []
+    with alone(path, wait=False):
+        pass
+
+
+def test_runs_of_the_same_output_wait_for_each_other(tmp_path: Path) -> None:
+    path, order = tmp_path / "out.onnx", []
+
+    def write(name: int) -> None:
+        with alone(path):
+            order.append(name)
+            time.sleep(0.001)
+            order.append(name)
+
+    threads = [threading.Thread(target=write, args=[name]) for name in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert order[::2] == order[1::2] and sorted(order[::2]) == list(range(8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_claimed_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "out.onnx"
+    with alone(path):
+        (left,) = tmp_path.iterdir()
+    left.touch()
+    with alone(path, wait=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_written_nobody_is_alone(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="there is no folder"), alone(tmp_path / "a" / "b"):
+        pass
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_gets_a_second_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    if not has_links:
+        monkeypatch.setattr(os, "link", failing(OSError(errno.EPERM, "no links")))
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"1")
+    second.write_bytes(b"2")
+    link(first, second)
+    assert (first.read_bytes(), second.read_bytes()) == (b"1", b"1")
+    assert first.samefile(second) == has_links and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(OptionError, match="cannot write"):
+        link(tmp_path / "none", second)
+    assert second.read_bytes() == b"1"

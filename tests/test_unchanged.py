@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from onnxc import api, calibration
+from onnxc.anytime import run as search
 from onnxc.cli import run
 from onnxc.storage import package
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "quantize": ("quantize", "model.onnx", "--format", "weight-only", *FEW),
     "calibrate": ("calibrate", "model.onnx", "--what", "range", *FEW),
     "pack": ("pack", "model.onnx", "--quiet"),
+    "compress": ("compress", "model.onnx", "--data", "data.npz", "--max-time", "1s", "--quiet"),
 }
 
 
@@ -52,13 +54,13 @@ def suffer(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     def before(module: Any) -> None:
         check = module.check_unchanged
 
-        def late(files: Any) -> None:
+        def late(*given: Any) -> None:
             fault()
-            check(files)
+            check(*given)
 
         monkeypatch.setattr(module, "check_unchanged", late)
 
-    for module in (api, calibration, package):
+    for module in (api, calibration, package, search):
         before(module)
 
 
@@ -71,7 +73,8 @@ def test_nothing_is_written(
     suffer(do, monkeypatch)
     code = run([*COMMANDS[command], "-o", "out"])
     assert (code, words in capsys.readouterr().err) == (2, True)
-    assert {p.name for p in place.iterdir()} <= {"model.onnx", "weights", "data.npz"}
+    names = {p.name for p in place.iterdir()} - {"out.search"}  # what was found so far
+    assert names <= {"model.onnx", "weights", "data.npz"}
 
 
 def test_data_that_change(monkeypatch: pytest.MonkeyPatch, place: Path, capsys: Any) -> None:

@@ -28,6 +28,7 @@ from onnxc.anytime.workshop import NOTHING, Candidate, Workshop
 from onnxc.bench import Ratio, speedup
 from onnxc.graph import Model, load
 from onnxc.pairs import Subject
+from onnxc.paths import check_unchanged
 from onnxc.request import Job
 from onnxc.search import TIE, times
 from onnxc.storage.packing import store
@@ -83,7 +84,7 @@ class Run:
     def search(self) -> Found:
         """Go on until nothing gets better, or the time is over. The best one is on disk."""
         if not self.journal.found:
-            store(load(self.job.path), self.job.output)
+            self.keep(load(self.job.path), "nothing was written")
         asked = strategy.search(self.ladders, self.rule, self.original)
         reply: Found | None = None
         while True:
@@ -127,8 +128,13 @@ class Run:
         found = [replace(x, seconds=seconds, elapsed=self.elapsed) for x in found]
         for one, candidate in zip(found, made, strict=True):
             if self._know(one):
-                store(opened(candidate.model), self.job.output)
+                self.keep(opened(candidate.model))
         self.journal.add(found)
+
+    def keep(self, model: Model, left: str = "the output is what was found before") -> None:
+        """Write the best model. Raises ModelError where what it was made of has changed."""
+        check_unchanged(self.job.files, left)
+        store(model, self.job.output)
 
     def _standing(self) -> str:
         count = len(self.journal.found)

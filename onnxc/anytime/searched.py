@@ -28,7 +28,7 @@ from onnxc.pairs import Subject
 from onnxc.report import Point
 from onnxc.request import Job
 from onnxc.samples import MOST_HELD_OUT
-from onnxc.storage.packing import SUFFIX, store
+from onnxc.storage.packing import SUFFIX
 
 PATIENT = 0.1  # share of the time that one task may measure before it chooses
 
@@ -69,7 +69,7 @@ def searched(
     tried = Attempt(job.plan, piece, prepared, {name: passes}, {name: shop.builder.built(passes)})
     few = chooses.subset(slice(0, MOST_HELD_OUT))
     result = proven(tried, original, few, job.samples.validation)
-    store(result.model, job.output)
+    run.keep(result.model)
     if run.is_complete:
         journal.remove()
     judged = _judged(run, result)
