@@ -13,7 +13,7 @@ its largest absolute error instead.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from onnxc import normal
 from onnxc.errors import ModelError
 from onnxc.fidelity import Comparison, Fidelity, compare, decibel
-from onnxc.graph import Model, copy, skeleton, walk
+from onnxc.graph import Model, as_declared, copy, walk
 from onnxc.kernels import Coverage, Kernel, coverage
 from onnxc.runtime import Runtime, first_line
-from onnxc.stages import open_stages
+from onnxc.stages import Staged, open_stages
 
 __all__ = [
     "Comparison",
@@ -57,6 +57,7 @@ class Snapshot:
     """One state of a model: a copy of it, its interface, and what it computes from one feed.
 
     outputs is None where no feed was given or the model does not run; failure then says why.
+    proto: the skeleton that was run.
     """
 
     model: Model
@@ -64,25 +65,29 @@ class Snapshot:
     outputs: dict[str, Any] | None = None
     failure: str | None = None
     precision: str = "float32"
+    proto: onnx.ModelProto | None = field(default=None, repr=False)
 
 
 def snapshot(model: Model, feed: Feed | None, runtime: Runtime = Runtime()) -> Snapshot:
     """Copy a model (its weights are shared) and run it once."""
-    failure, outputs = None, None
+    failure, outputs, proto = None, None, None
     try:
-        outputs = _outputs(model, feed, runtime)
+        staged = _staged(model, feed, replace(runtime, lean=True))
+        proto = staged.source.proto
+        outputs = _outputs(staged, feed)
     except ModelError as error:
         failure = str(error)
-    backup = copy(model)
-    return Snapshot(backup, interface(model.graph), outputs, failure, _precision(model.graph))
+    backup, kind = copy(model), _precision(model.graph)
+    return Snapshot(backup, interface(model.graph), outputs, failure, kind, proto)
 
 
-def _outputs(model: Model, feed: Feed | None, runtime: Runtime) -> dict[str, Any] | None:
-    """One run, for which a model that does not fit in memory is not worth packing."""
-    lean = replace(runtime, lean=True)
-    staged = open_stages(model, feed, lean)
-    if not staged.is_whole:
-        staged = open_stages(model, feed, replace(lean, packs=False))
+def _staged(model: Model, feed: Feed | None, runtime: Runtime) -> Staged:
+    """For one run, for which a model that does not fit in memory is not worth packing."""
+    staged = open_stages(model, feed, runtime)
+    return staged if staged.is_whole else open_stages(model, feed, replace(runtime, packs=False))
+
+
+def _outputs(staged: Staged, feed: Feed | None) -> dict[str, Any] | None:
     if feed is not None:
         return staged.once(feed)
     if staged.is_whole:
@@ -153,14 +158,21 @@ def _interface_problems(old: Snapshot, new: Snapshot) -> Iterator[str]:
 def _validity_problems(old: Snapshot, new: Snapshot) -> Iterator[str]:
     if new.failure and not old.failure:
         yield new.failure
-    reason = invalid(new.model)
-    if reason and not invalid(old.model):
+    reason = _refusal(new)
+    if reason and not _refusal(old):
         yield f"the model is no longer valid: {reason}"
+
+
+def _refusal(state: Snapshot) -> str | None:
+    return invalid(state.model) if state.proto is None else _invalid(state.proto)
 
 
 def invalid(model: Model) -> str | None:
     """Why onnx.checker or strict shape inference refuses a model, in one line, or None."""
-    proto, _ = skeleton(model)
+    return _invalid(as_declared(model)[0])
+
+
+def _invalid(proto: onnx.ModelProto) -> str | None:
     try:
         normal.check(proto)
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)

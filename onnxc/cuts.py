@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -49,8 +50,8 @@ class Stage:
     """Some nodes of a model. reads: what comes in: inputs, and tensors of earlier stages.
 
     gives: what later stages read. outputs: what was asked for. bytes: that it takes, but for
-    activations. folds: whether the session computes what follows from constants when it opens.
-    packs: whether an operator needs its weights packed, even for a single run.
+    activations, 0 where that does not matter. folds: whether the session computes what follows from
+    constants when it opens. packs: whether an operator needs its weights packed, even for one run.
     """
 
     nodes: tuple[int, ...]
@@ -68,7 +69,7 @@ def plan(facts: Facts, memory: int | None, taps: int = 0) -> tuple[Stage, ...]:
     memory: None for no bound. taps: bytes that the caller keeps besides.
     """
     if memory is None:
-        return tuple(facts.stages(()))
+        return (facts.everything(),)
     room = memory - BASE - SPARE - taps - int(ARENA * facts.live())
     return tuple(facts.stages(_cuts(facts, room), room))
 
@@ -77,25 +78,61 @@ class Facts:
     """What the plan is made from: who makes and reads what, and how many bytes it takes."""
 
     def __init__(self, proto: ModelProto, outputs: Sequence[str], feed: Feed | None) -> None:
-        self.nodes, self.outputs = proto.graph.node, tuple(outputs)
+        self.proto, self.outputs, self.feed = proto, tuple(outputs), feed
+        self.nodes = proto.graph.node
         self.ports = {value.name for value in proto.graph.input}
-        self.reads = [nested_reads(node) for node in self.nodes]
-        self.stored = {t.name: _stored(t) for t in proto.graph.initializer}
-        self.maker = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
-        self.types = _types(proto, feed)
-        self.sizes = {n: size for n, v in self.types.items() if (size := _bytes(v))}
+        self.twice: set[str] = set()
+
+    @cached_property
+    def reads(self) -> list[set[str]]:
+        """What each node reads, its bodies included."""
+        return [nested_reads(node) for node in self.nodes]
+
+    @cached_property
+    def maker(self) -> dict[str, int]:
+        return {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
+
+    @cached_property
+    def types(self) -> dict[str, ValueInfoProto]:
+        return _types(self.proto, self.feed)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of tensors, where they are known."""
+        return {n: size for n, v in self.types.items() if (size := _bytes(v))}
+
+    @cached_property
+    def stored(self) -> dict[str, int]:
+        """Bytes of weights."""
+        found = {t.name: _stored(t) for t in self.proto.graph.initializer}
         for index, node in enumerate(self.nodes):
             bodies = [g for a in node.attribute if a.HasField("g") for _, g in graphs(a.g)]
             if bodies:
-                self.stored[_inside(index)] = sum(_stored(t) for g in bodies for t in g.initializer)
-        self.twice: set[str] = set()
-        self.needed = self._needed()
-        self.fixed = self._fixed()
-        self.order = [i for i in self.needed if i not in self.fixed]
-        self.always = self._closure(self.outputs)  # those of the first stage
-        self.birth, self.last = self._lives()
+                found[_inside(index)] = sum(_stored(t) for g in bodies for t in g.initializer)
+        return found
 
-    def _needed(self) -> list[int]:
+    @cached_property
+    def order(self) -> list[int]:
+        return [i for i in self.needed if i not in self.fixed]
+
+    @cached_property
+    def always(self) -> set[int]:
+        """Fixed nodes of the first stage, for the outputs."""
+        return self._closure(self.outputs)
+
+    @cached_property
+    def birth(self) -> dict[str, int]:
+        """Positions in the order where tensors are made."""
+        return {n: p for p, i in enumerate(self.order) for n in self.nodes[i].output if n}
+
+    @cached_property
+    def last(self) -> dict[str, int]:
+        """Positions in the order where they are read last."""
+        made = self.birth
+        return {n: p for p, i in enumerate(self.order) for n in self.reads[i] if n in made}
+
+    @cached_property
+    def needed(self) -> list[int]:
         """Nodes that the outputs need, in order."""
         wanted, kept = set(self.outputs), []
         for index in range(len(self.reads) - 1, -1, -1):
@@ -104,7 +141,8 @@ class Facts:
                 wanted |= self.reads[index]
         return kept[::-1]
 
-    def _fixed(self) -> set[int]:
+    @cached_property
+    def fixed(self) -> set[int]:
         """Nodes that follow from constants alone; what they make is like a weight."""
         fixed: set[int] = set()
         for index in self.needed:
@@ -124,12 +162,6 @@ class Facts:
                 found.add(index)
                 pending += self.reads[index]
         return found
-
-    def _lives(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Positions in the order where tensors are made, and where they are read last."""
-        birth = {n: p for p, i in enumerate(self.order) for n in self.nodes[i].output if n}
-        read = ((n, p) for p, i in enumerate(self.order) for n in self.reads[i] if n in birth)
-        return birth, dict(read)
 
     def constants(self, index: int) -> tuple[set[str], set[int]]:
         """The weights and the fixed nodes that a node needs."""
@@ -173,6 +205,13 @@ class Facts:
         if value is None or not value.type.WhichOneof("value"):
             return True
         return value.type.tensor_type.elem_type in CROSSING
+
+    def everything(self) -> Stage:
+        """One stage, whatever it takes."""
+        read = set(self.outputs).union(*(self.reads[i] for i in self.needed))
+        nodes, reads = tuple(self.needed), tuple(sorted(read & self.ports))
+        packs = any(self.nodes[i].op_type in PACKED for i in nodes)
+        return Stage(nodes, reads, (), self.outputs, 0, packs=packs)
 
     def stages(self, cuts: Sequence[int], room: int | None = None) -> Iterator[Stage]:
         """Stages of the order between cuts."""

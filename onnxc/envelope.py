@@ -58,7 +58,7 @@ def restore(model: ModelProto, envelope: Envelope) -> None:
     for scope, graph in graphs(model.graph):
         if scope in envelope.graphs:
             _restore_graph(graph, envelope.graphs[scope])
-        for node in graph.node:
+        for node in graph.node if envelope.nodes else ():
             if node.name in envelope.nodes:
                 _restore_node(node, envelope.nodes[node.name])
     kept = ModelProto()
@@ -84,6 +84,8 @@ def _restore_graph(graph: GraphProto, husk: GraphProto) -> None:
     _restore_values(graph, husk)
     _copy_field(husk, graph, "doc_string")
     _copy_field(husk, graph, "metadata_props")
+    if not husk.quantization_annotation:
+        return
     known = {name for node in graph.node for name in (*node.input, *node.output)}
     graph.quantization_annotation.extend(
         annotation
@@ -100,6 +102,8 @@ def _restore_values(graph: GraphProto, husk: GraphProto) -> None:
     for value in (*graph.input, *graph.output):
         if value.name in declared:
             value.CopyFrom(declared[value.name])
+    if not husk.value_info:
+        return
     made = {name for node in graph.node for name in node.output}
     present = {value.name: value for value in graph.value_info}
     for kept in husk.value_info:

@@ -76,7 +76,7 @@ def source(parse: Parse, tmp_path: Path) -> Path:
 
 def _run(source: Path, resume: bool, patience: int = 10**6, limit: float = 1e9) -> Run:
     output = source.with_name("small.onnx")
-    job: Any = SimpleNamespace(path=source, output=output, say=lambda text: None)
+    job: Any = SimpleNamespace(path=source, output=output, files={}, say=lambda text: None)
     shop: Any = Table(source.read_bytes(), patience)
     return Run(job, shop, LADDERS, begin(output, SUBJECT, resume), limit)
 

@@ -89,6 +89,7 @@ def quantized(model: Path, bits: int, *more: str) -> tuple[Path, dict[str, Any],
     return output, report, peak
 
 
+@pytest.mark.slow
 def test_300_megabytes_in_a_quarter(medium: Path) -> None:
     bound = BASE + size(medium) // 4
     allowed = ("--max-memory", f"{bound / 1e6:.0f}MB")

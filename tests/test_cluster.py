@@ -441,6 +441,7 @@ def test_workers_and_a_scheduler_are_too_much(
 
 
 READY = """
+import signal
 import sys
 import time
 from calib.cluster import Crew
@@ -455,6 +456,7 @@ def ready(self, *rest):
     time.sleep(60)  # until the signal comes, however fast the workers are
 
 Crew._submit = ready
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
 if __name__ == "__main__":
     main(sys.argv[1:])
 """

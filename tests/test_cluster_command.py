@@ -45,6 +45,7 @@ def test_the_recipe_replays_it_byte_for_byte(capsys: Any) -> None:
     assert Path("1.onnx").read_bytes() == Path("2.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_refit_lowers_the_error_and_keeps_the_values(capsys: Any) -> None:
     arguments = (*ARGUMENTS, "--bits", 2, "--include", "op:Gemm", "--include", "op:MatMul")
     alone = report_of(capsys, *arguments, "--no-reconstruct", "-o", "1.onnx")
@@ -54,6 +55,7 @@ def test_a_refit_lowers_the_error_and_keeps_the_values(capsys: Any) -> None:
     assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
 
 
+@pytest.mark.slow
 def test_int8_codebooks_run_in_integer_kernels(capsys: Any) -> None:
     arguments = ("cluster", IMAGES, "--data", IMAGE_DATA, "--samples", 30)
     report_of(capsys, *arguments, "--format", "int8-codebook", "--no-reconstruct", "-o", "o.onnx")
@@ -112,6 +114,7 @@ def test_without_data_it_says_so(capsys: Any) -> None:
     assert np.isfinite(found["comparison"]["sqnr"])
 
 
+@pytest.mark.slow
 def test_a_recipe_of_a_name_comes_with_onnxc_and_its_result_is_packed(capsys: Any) -> None:
     arguments = ("--data", TOKEN_DATA, "--samples", 20, "--recipe", "deep-compression")
     found = report_of(capsys, "cluster", TOKENS, *arguments, "-o", "o.onnxz")

@@ -25,6 +25,7 @@ from onnxc.anytime import searched
 from onnxc.anytime.moves import ladders
 from onnxc.files import alone
 from onnxc.runtime import run, session
+from onnxc.search import Builder
 from onnxc.storage import package
 
 Parse = Callable[..., onnx.ModelProto]
@@ -91,6 +92,22 @@ def test_a_second_search_of_the_same_output_is_refused(
     assert code == 2
     assert f"Error: another run writes {output}: wait for its end" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_the_best_model_is_made_once(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, add = list[Any](), Builder._add
+    monkeypatch.setattr(Builder, "_add", lambda self, path: made.append(path) or add(self, path))
+    report = onnxc.compress(
+        files[0],
+        data=files[1],
+        output=tmp_path / "a.onnx",
+        minimize="size",
+        max_drop=2.0,
+        max_time=2.0,
+    )
+    assert made.count(recipe.loads(report.recipe).passes) == 1
 
 
 def test_a_report_replays_byte_for_byte(files: tuple[Path, Path], tmp_path: Path) -> None:

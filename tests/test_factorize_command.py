@@ -96,6 +96,7 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words:
         FactorizeSettings(**settings)
 
 
+@pytest.mark.slow
 def test_factors_are_layers_to_all_other_commands(capsys: Any) -> None:
     """Pruned, computed in integers, clustered and packed like any other layers."""
     model, data = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn_calib.npz"

@@ -32,6 +32,7 @@ def _prices(report: Report) -> dict[str, float]:
     return cluster.of_layers
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_larger_makes_codes_shorter(tmp_path: Path) -> None:
     little, much = _clustered(tmp_path, 0.001), _clustered(tmp_path, 0.1)
     first, second = _prices(little), _prices(much)

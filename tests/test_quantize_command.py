@@ -287,6 +287,7 @@ def test_few_bits_with_no_data_at_all(capsys: Any) -> None:
     assert "synthesized" in found["headline"]
 
 
+@pytest.mark.slow
 def test_weights_are_rounded_for_their_outputs_where_all_else_falls_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -150,7 +150,8 @@ class Run:
         for count, stop in enumerate(starts[:-1], 1):
             self.workshop.stages.setdefault(JOINT.join(names[:count]), passes[:stop])
         is_better = self.rule.is_better(found, self.best)
-        self.best = found if is_better else self.best
+        if is_better:
+            self.best, self.workshop.best = found, passes
         return is_better
 
     def _made(self, plan: Plan) -> list[Candidate]:

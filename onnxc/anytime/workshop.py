@@ -58,6 +58,7 @@ class Workshop:
     """piece: the prepared model. original: as given. chooses: the samples that drops are told on.
 
     suffix: of the file to be written. stages: what is known of the passes of plans, by name.
+    best: passes whose model will be asked for again.
     """
 
     piece: Workpiece
@@ -68,6 +69,7 @@ class Workshop:
     objective: Objective
     suffix: str
     stages: dict[str, Way] = field(default_factory=dict)
+    best: Way = PREPARED
     pieces: dict[Way, Workpiece] = field(default_factory=dict, repr=False)
     _builder: Builder | None = field(default=None, repr=False)
 
@@ -98,13 +100,13 @@ class Workshop:
     def candidates(self, plan: Plan) -> list[Candidate]:
         """All ways of a plan, measured; at least one, which may have failed."""
         name = name_of(plan)
+        self.builder.forget(*self.pieces, self.best)
         try:
             start = self._passes(plan[:-1])
             ways = self._ways(start, plan[-1])
             found = [self._candidate(plan, start, way, rest) for way, rest in ways.items()]
         except OnnxcError as error:
             return [Candidate(name, "", b"", NOTHING, failure=str(error))]
-        self.builder.forget(*self.pieces)
         return found
 
     def original_amount(self) -> float:
