@@ -24,10 +24,31 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onnxc.files import OURS
+
 ROOT = Path(__file__).resolve().parents[1]
 OLD = b"what was there before"
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 WRITING = os.O_WRONLY | os.O_RDWR
+
+MODELS = ROOT / "models"
+MODEL, DATA = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn_calib.npz"
+FEW = ("--data", str(DATA), "--samples", "12")
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "pack": ("pack", str(MODEL)),
+    "unpack": ("unpack", "packed.onnxz"),
+    "merge": ("calibrate", "--merge", "1.stats", "2.stats"),
+    "calibrate": ("calibrate", str(MODEL), *FEW),
+    "quantize": ("quantize", str(MODEL), "--format", "weight-only", *FEW),
+    "prune": ("prune", str(MODEL), "--ratio", "0.2", *FEW),
+    "factorize": ("factorize", str(MODEL), "--params", "0.7", "--no-faster", *FEW),
+    "sparsify": ("sparsify", str(MODEL), *FEW),
+    "cluster": ("cluster", str(MODEL), *FEW),
+    "compress": ("compress", str(MODEL), "--data", str(DATA), "--max-time", "1s"),
+}
+OUTPUT = "work/out.onnx"
+MOST = 16  # moments to be killed at, of a command
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,47 @@ class Server:
         self.process.stdin.write(json.dumps(asdict(case)) + "\n")
         self.process.stdin.flush()
         return Outcome(**json.loads(self.process.stdout.readline()))
+
+
+class Bench:
+    """A folder in which commands run; `work` is for what they write."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        for name in ("work", "temporary"):
+            (folder / name).mkdir()
+
+    def run(self, *arguments: str, **fault: Any) -> Outcome:
+        return self.server.run(Case(str(self.folder), list(arguments), **fault))
+
+    def command(self, name: str, **fault: Any) -> Outcome:
+        """One of COMMANDS, over an old file."""
+        arguments = (*COMMANDS[name], "-o", OUTPUT, "--quiet")
+        return self.run(*arguments, output=OUTPUT, **fault)
+
+    def prepare(self, name: str) -> None:
+        """Write what a command reads."""
+        seen = ("--data", str(DATA), "--samples", "4", "--what", "range")
+        needed = {
+            "unpack": [("pack", str(MODEL), "-o", "packed.onnxz")],
+            "merge": [
+                ("calibrate", str(MODEL), *seen, "--seed", s, "-o", f"{s}.stats") for s in "12"
+            ],
+        }.get(name, [])
+        assert [self.run(*arguments).code for arguments in needed] == [0] * len(needed)
+
+
+def moments(changes: int) -> list[int]:
+    """All changes of files, or some of them, the last ones among these."""
+    if changes <= MOST:
+        return list(range(changes))
+    some = range(0, changes, -(-2 * changes // MOST))
+    return sorted({*some, *range(changes - MOST // 2, changes)})
+
+
+def temporary(found: Outcome) -> list[str]:
+    """Files with the name of temporary ones, or in a folder with such a name."""
+    return [p for p in found.left if any(map(OURS.fullmatch, Path(p).parts))]
 
 
 @contextmanager

@@ -17,67 +17,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import OLD, Case, Outcome, Server, killed, serving
+from faults import (
+    COMMANDS,
+    FEW,
+    MODEL,
+    MODELS,
+    OLD,
+    OUTPUT,
+    Bench,
+    Outcome,
+    Server,
+    killed,
+    moments,
+    serving,
+    temporary,
+)
 
 from onnxc import graph
-from onnxc.files import OURS
 from onnxc.graph import load
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and sets limits")
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
-MODEL, DATA = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn_calib.npz"
-FEW = ("--data", str(DATA), "--samples", "12")
-
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "pack": ("pack", str(MODEL)),
-    "unpack": ("unpack", "packed.onnxz"),
-    "merge": ("calibrate", "--merge", "1.stats", "2.stats"),
-    "calibrate": ("calibrate", str(MODEL), *FEW),
-    "quantize": ("quantize", str(MODEL), "--format", "weight-only", *FEW),
-    "prune": ("prune", str(MODEL), "--ratio", "0.2", *FEW),
-    "factorize": ("factorize", str(MODEL), "--params", "0.7", "--no-faster", *FEW),
-    "sparsify": ("sparsify", str(MODEL), *FEW),
-    "cluster": ("cluster", str(MODEL), *FEW),
-    "compress": ("compress", str(MODEL), "--data", str(DATA), "--max-time", "1s"),
-}
 QUICK = ("pack", "merge")
-OUTPUT = "work/out.onnx"
-MOST = 16  # moments to be killed at, of a command
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with serving() as opened:
         yield opened
-
-
-class Bench:
-    """A folder in which commands run; `work` is for what they write."""
-
-    def __init__(self, server: Server, folder: Path) -> None:
-        self.server, self.folder = server, folder
-        for name in ("work", "temporary"):
-            (folder / name).mkdir()
-
-    def run(self, *arguments: str, **fault: Any) -> Outcome:
-        return self.server.run(Case(str(self.folder), list(arguments), **fault))
-
-    def command(self, name: str, **fault: Any) -> Outcome:
-        """One of COMMANDS, over an old file."""
-        arguments = (*COMMANDS[name], "-o", OUTPUT, "--quiet")
-        return self.run(*arguments, output=OUTPUT, **fault)
-
-    def prepare(self, name: str) -> None:
-        """Write what a command reads."""
-        seen = ("--data", str(DATA), "--samples", "4", "--what", "range")
-        needed = {
-            "unpack": [("pack", str(MODEL), "-o", "packed.onnxz")],
-            "merge": [
-                ("calibrate", str(MODEL), *seen, "--seed", s, "-o", f"{s}.stats") for s in "12"
-            ],
-        }.get(name, [])
-        assert [self.run(*arguments).code for arguments in needed] == [0] * len(needed)
 
 
 @pytest.fixture
@@ -88,19 +55,6 @@ def bench(server: Server, tmp_path: Path) -> Bench:
 def slow_but(*names: str) -> list[Any]:
     marks = {name: () if name in names else pytest.mark.slow for name in COMMANDS}
     return [pytest.param(name, marks=mark) for name, mark in marks.items()]
-
-
-def moments(changes: int) -> list[int]:
-    """All changes of files, or some of them, the last ones among these."""
-    if changes <= MOST:
-        return list(range(changes))
-    some = range(0, changes, -(-2 * changes // MOST))
-    return sorted({*some, *range(changes - MOST // 2, changes)})
-
-
-def temporary(found: Outcome) -> list[str]:
-    """Files with the name of temporary ones, or in a folder with such a name."""
-    return [p for p in found.left if any(map(OURS.fullmatch, Path(p).parts))]
 
 
 def check_survived(found: Outcome, whole: Outcome) -> None:
