@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def test_stages_compute_what_the_whole_does(parse: Parse, text: str, runtime: Ru
         for name, value in expected.items():
             close = 0 if runtime is PLAIN else 1e-4  # what is not folded is not packed
             np.testing.assert_allclose(found[name], value, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_without_a_bound_one_stage_has_all_that_is_needed(text: str, parse: Parse) -> None:
+    names = [n for n in "wvu" if f" {n})" in text or f"({n}" in text]
+    proto = graph.as_declared(load(parse(text, **dict.fromkeys(names, W))))[0]
+    facts = cuts.Facts(proto, [value.name for value in proto.graph.output], {"x": X})
+    (cut,) = facts.stages(())
+    assert facts.everything() == replace(cut, bytes=0)
 
 
 def test_a_weight_that_is_too_large_is_a_stage_of_its_own(parse: Parse) -> None:
