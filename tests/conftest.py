@@ -17,6 +17,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from outcomes import Outcome, tables
 
+from onnxc import opening
 from onnxc.graph import Model, to_bytes
 from onnxc.runtime import Runtime, run, session
 
@@ -28,6 +29,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 Weights = dict[str, NDArray[Any]]
 Parse = Callable[..., onnx.ModelProto]
 Outputs = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report opens each file in one process of its own, not in several: that takes seconds."""
+    monkeypatch.setattr(opening, "ROUNDS", 1)
 
 
 @pytest.fixture

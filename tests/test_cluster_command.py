@@ -66,6 +66,7 @@ def test_int8_codebooks_run_in_integer_kernels(capsys: Any) -> None:
     assert "Gather" in stored and "DequantizeLinear" in stored
 
 
+@pytest.mark.slow
 def test_sparsify_then_cluster_keeps_the_zeros(capsys: Any) -> None:
     data = ("--data", TOKEN_DATA, "--samples", 20)
     zeros = ("--sparsity", 0.6, "--criterion", "magnitude", "--no-reconstruct")
@@ -76,6 +77,7 @@ def test_sparsify_then_cluster_keeps_the_zeros(capsys: Any) -> None:
     assert count_zeros(model).share > 0.55
 
 
+@pytest.mark.slow
 def test_vectors_are_small_and_proven(capsys: Any) -> None:
     arguments = ("cluster", IMAGES, "--data", IMAGE_DATA, "--samples", 20, "--include", "op:Gemm")
     extra = ("--method", "pq", "--rate", 3)

@@ -36,7 +36,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 SLOW = {  # minutes: a dozen quantizations, searches, layers taken one by one
     f"docs/{name}.md"
-    for name in ("accuracy-fell", "analyze", "compress", "few-bits", "sparsity", "weight-sharing")
+    for name in (
+        *("accuracy-fell", "analyze", "compress", "few-bits", "low-rank", "pruning", "sparsity"),
+        "weight-sharing",
+    )
 }
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FIGURE = re.compile(r"  +|:|(?:^|(?<=\s))[+-]?\d")  # where the label of a line ends
