@@ -173,13 +173,14 @@ def _sole(place: Path, wait: bool) -> BinaryIO:
     file = place.open("ab")
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if os.path.samestat(os.fstat(file.fileno()), place.stat()):
-            return file
-    except FileNotFoundError:
-        pass
-    except BaseException:
+    except BlockingIOError:
         file.close()
         raise
+    except OSError:  # a file system without locks: nobody is waited for
+        return file
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), place.stat()):
+            return file
     file.close()
     return _sole(place, wait)
 

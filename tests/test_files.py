@@ -215,6 +215,15 @@ def test_what_a_killed_run_claimed_is_free(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_locks_nobody_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.fcntl, "flock", failing(OSError(errno.ENOLCK, "No locks")))
+    with alone(tmp_path / "out.onnx"), alone(tmp_path / "out.onnx", wait=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_where_nothing_can_be_written_nobody_is_alone(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="there is no folder"), alone(tmp_path / "a" / "b"):
         pass
