@@ -174,6 +174,7 @@ def test_two_that_write_one_file_leave_one_of_them_whole(tmp_path: Path) -> None
     assert (tmp_path / "a").read_bytes() == b"first " * 1000
 
 
+@needs_locks
 def test_another_run_of_the_same_output_is_told(tmp_path: Path) -> None:
     path = tmp_path / "out.onnx"
     with alone(path), alone(tmp_path / "other.onnx"):
@@ -187,6 +188,7 @@ def test_another_run_of_the_same_output_is_told(tmp_path: Path) -> None:
         pass
 
 
+@needs_locks
 def test_runs_of_the_same_output_wait_for_each_other(tmp_path: Path) -> None:
     path, order = tmp_path / "out.onnx", []
 
@@ -205,6 +207,7 @@ def test_runs_of_the_same_output_wait_for_each_other(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_locks
 def test_what_a_killed_run_claimed_is_free(tmp_path: Path) -> None:
     path = tmp_path / "out.onnx"
     with alone(path):
@@ -215,6 +218,7 @@ def test_what_a_killed_run_claimed_is_free(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_locks
 def test_without_locks_nobody_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +228,7 @@ def test_without_locks_nobody_is_waited_for(
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_locks
 def test_where_nothing_can_be_written_nobody_is_alone(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="there is no folder"), alone(tmp_path / "a" / "b"):
         pass
