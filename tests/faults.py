@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxc.files import OURS
+from onnxc.graph import load, to_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 OLD = b"what was there before"
@@ -46,7 +47,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "factorize": ("factorize", str(MODEL), "--method", "svd", "--no-faster", *QUICKLY),
     "sparsify": ("sparsify", str(MODEL), "--criterion", "magnitude", *QUICKLY),
     "cluster": ("cluster", str(MODEL), "--method", "kmeans", "--gains", "never", *QUICKLY),
-    "compress": ("compress", str(MODEL), "--data", str(DATA), "--max-time", "1s"),
+    "compress": ("compress", str(MODEL), *FEW, "--minimize", "size", "--max-time", "1s"),
 }
 OUTPUT = "work/out.onnx"
 MOST = 16  # moments to be killed at, of a command
@@ -136,6 +137,12 @@ def moments(changes: int) -> list[int]:
         return list(range(changes))
     some = range(0, changes, -(-2 * changes // MOST))
     return sorted({*some, *range(changes - MOST // 2, changes)})
+
+
+def whole_files(name: str, whole: Outcome) -> set[str]:
+    """Digests of what a command may leave: the old file, the new one, or a search's first best."""
+    first = {hashlib.sha256(to_bytes(load(MODEL))).hexdigest()} if name == "compress" else set()
+    return {hashlib.sha256(OLD).hexdigest(), whole.digest, *first}
 
 
 def temporary(found: Outcome) -> list[str]:
