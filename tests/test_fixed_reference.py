@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,6 +62,7 @@ def test_bounds_are_exact(a: int, n: int, high: float) -> None:
     assert exact(reference.relu(number(a, n)))[0] == max(exact(number(a, n))[0], 0)
 
 
+RUNTIME = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 POOLS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("kernel_shape: ints = [2,2], strides: ints = [2,2]", {"strides": (2, 2)}),
     "padded": (
@@ -87,6 +89,8 @@ POOLS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
 def test_pools_are_those_of_the_runtime(kind: str, op: str) -> None:
     text, settings = POOLS[kind]
+    if (op, kind) == ("AveragePool", "padded") and RUNTIME < (1, 25):
+        pytest.skip("this ONNX Runtime does not count the padding behind the last row")
     if op == "MaxPool":
         text = text.replace(", count_include_pad: int = 1", "")
     q = np.random.default_rng(0).integers(-99, 99, (2, 3, 6, 7))
