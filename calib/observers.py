@@ -76,8 +76,8 @@ class RangeObserver:
             return
         rows = _channels(_real(x), self.axis)
         axes = tuple(i for i in range(rows.ndim) if i != 1) if self.axis is not None else None
-        self.low = np.minimum(self.low, rows.min(axis=axes))
-        self.high = np.maximum(self.high, rows.max(axis=axes))
+        self.low = np.minimum(self.low, rows.min(axis=axes), dtype=np.float64)
+        self.high = np.maximum(self.high, rows.max(axis=axes), dtype=np.float64)
         self.count += x.size
 
     def merge(self, other: Self) -> Self:
