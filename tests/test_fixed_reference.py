@@ -6,12 +6,11 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from texts import bind, outputs
+from texts import RUNTIME, bind, outputs
 
 from onnxc.numerics import fixed_reference as reference
 from onnxc.numerics.affine import Grid
@@ -62,7 +61,6 @@ def test_bounds_are_exact(a: int, n: int, high: float) -> None:
     assert exact(reference.relu(number(a, n)))[0] == max(exact(number(a, n))[0], 0)
 
 
-RUNTIME = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 POOLS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("kernel_shape: ints = [2,2], strides: ints = [2,2]", {"strides": (2, 2)}),
     "padded": (
