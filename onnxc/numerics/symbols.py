@@ -81,6 +81,7 @@ def find_book(u: Array) -> tuple[Array, Bytes] | None:
 def _lookup(book: Array) -> Callable[[Array], Bytes]:
     """Elements to indices: right for those in the book, whatever for others."""
     kind = book.dtype
+    place = np.dtype(np.int64) if kind.itemsize == 8 else kind  # NumPy 1 takes no uint64
     shift = kind.type(max(8 * kind.itemsize - _HASHED, 0))
     factors = np.random.default_rng(0).integers(1, 2**63, _TRIES, np.uint64) | np.uint64(1)
     table = np.zeros(1 << _HASHED, np.uint8)
@@ -88,7 +89,9 @@ def _lookup(book: Array) -> Callable[[Array], Bytes]:
         places = (book * factor) >> shift
         if np.unique(places).size == book.size:
             table[places] = np.arange(book.size, dtype=np.uint8)
-            return lambda part: table.take((part * factor) >> shift, mode="clip")  # in range
+            return lambda part: table.take(
+                ((part * factor) >> shift).view(place), mode="clip"
+            )  # in range
     return lambda part: np.minimum(np.searchsorted(book, part), book.size - 1).astype(np.uint8)
 
 

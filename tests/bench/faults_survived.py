@@ -98,7 +98,7 @@ def of_fuzzing(log: str) -> Iterator[str]:
 def of_chains() -> Iterator[str]:
     yield row("chain of", "nodes", "load", "prepare", "quantize", "save", "sum")
     yield row("---", *["---:"] * 6)
-    for name in ("Identity", "Relu and Add", "MatMul"):
+    for name in ("Identity", "MatMul"):
         for count in NODES:
             taken = seconds(name, count)
             yield row(name, f"{count:,}", *(f"{x:.1f}" for x in (*taken, sum(taken))))
