@@ -56,7 +56,7 @@ def network(made: str, *, read: str = "y = MatMul (h, W) z = MatMul (h, V)") -> 
         S=large * normal(16, seed=1),
         P=normal(16, 16) * large,
         Q=normal(16, 16, seed=2) / 4,
-        k=normal() * 0 + 0.5,
+        k=np.float32(0.5),
         W=normal(16, 20, seed=3),
         V=normal(16, 12, seed=4),
     )
