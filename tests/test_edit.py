@@ -203,7 +203,12 @@ ARRAYS = {
     "bool": np.array([True, False]),
     **{
         name: np.array([1, 0, 1], getattr(ml_dtypes, name))
-        for name in ("int4", "uint4", "int2", "uint2", "bfloat16", "float8_e4m3fn", "float4_e2m1fn")
+        for name in ("int4", "uint4", "bfloat16", "float8_e4m3fn", "float4_e2m1fn")
+    },
+    **{  # onnx has them from 1.20 on
+        name: np.array([1, 0, 1], getattr(ml_dtypes, name))
+        for name in ("int2", "uint2")
+        if hasattr(onnx.TensorProto, name.upper())
     },
     **{
         name: np.array([1, 0.5, 2], getattr(ml_dtypes, name))
@@ -236,6 +241,8 @@ def test_constants_of_every_type_go_through_a_file(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "size"), [("int4", 2), ("int2", 1), ("bfloat16", 6), ("0-d", 8)])
 def test_nbytes_counts_what_a_file_holds(kind: str, size: int) -> None:
+    if kind not in ARRAYS:
+        pytest.skip("this onnx has no such type")
     assert nbytes(constant("w", ARRAYS[kind])) == size
 
 
