@@ -18,6 +18,7 @@ from calib.data import Dataset, Preprocess
 from onnxc import recipe as recipes
 from onnxc.analysis import analyze
 from onnxc.anatomy import Anatomy, anatomy
+from onnxc.anytime import journal
 from onnxc.anytime.searched import searched
 from onnxc.anytime.settings import CompressSettings
 from onnxc.bench import Latency, speedup, time_interleaved
@@ -162,7 +163,7 @@ def compress(
     task = replace(COMPRESS, aim=replace(COMPRESS.aim, seeks=seeks))
     job, bound = checked(task, wanted), BOUND if max_drop is None else max_drop
     check_packing(job.output)
-    with naming(job.path), alone(job.output, wait=False):
+    with naming(job.path), alone(journal.place(job.output), wait=False):
         found = searched(job, settings, bound, max_time, resume)
     report = _report(job, found.result, found.missed, True)
     report = _blamed(report, job, found.result, wanted)

@@ -37,7 +37,8 @@ def check_output(output: str | Path, *inputs: Any) -> Path:
         raise OptionError(f"output {path}: there is no folder {path.parent}; create it first")
     if path.exists() and not path.is_file():
         raise OptionError(f"output {path} is a device, not a file; give another name")
-    for taken in (path, path.with_name(f"{path.name}.data")):  # weights of a large model
+    beside = (path.with_name(f"{path.name}.{end}") for end in ("data", "new.data"))
+    for taken in (path, *beside):  # weights of a large model
         if taken.exists() and any(_is_same(taken, source) for source in inputs):
             raise OptionError(f"output {taken} is the input itself; give another name")
     is_open = os.access(path.parent, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))

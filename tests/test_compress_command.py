@@ -20,8 +20,9 @@ import pytest
 
 import onnxc
 from calib.cluster import connected
-from onnxc import cli, recipe
+from onnxc import cli, graph, recipe
 from onnxc.anytime import searched
+from onnxc.anytime.journal import place
 from onnxc.anytime.moves import ladders
 from onnxc.files import alone
 from onnxc.runtime import run, session
@@ -87,11 +88,23 @@ def test_a_second_search_of_the_same_output_is_refused(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.onnx"
-    with alone(output):
+    with alone(place(output)):
         code = cli.run(_arguments(files, output))
     assert code == 2
-    assert f"Error: another run writes {output}: wait for its end" in capsys.readouterr().err
+    assert f"Error: another run writes {place(output)}: wait for its end" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_weights_with_a_file_of_their_own(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing them takes a lock of its own; a search that held the same one would never end."""
+    monkeypatch.setattr(graph, "SPLIT", 100)
+    output = tmp_path / "out.onnx"
+    onnxc.compress(files[0], data=files[1], output=output, minimize="size", max_time=1.0)
+    left = {p.name for p in tmp_path.iterdir()} - {"out.onnx.search"}
+    assert left == {"net.onnx", "data.npz", "out.onnx", "out.onnx.data"}
+    session(output)
 
 
 def test_the_best_model_is_made_once(

@@ -76,12 +76,17 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
+def place(output: Path) -> Path:
+    """Where the journal of an output lies."""
+    return output.with_name(output.name + SUFFIX)
+
+
 def begin(output: Path, subject: Mapping[str, Any], resume: bool) -> Journal:
     """The journal beside an output: a new one, or what a search of the same subject has left.
 
     Raises OptionError where it is one of another subject, or not readable.
     """
-    path = output.with_name(output.name + SUFFIX)
+    path = place(output)
     if resume and path.exists():
         return _resumed(path, dict(subject))
     with replacing(path) as (file,):
