@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from calib.data import Dataset, open_data
-from onnxc.anytime.metric import Metric, estimated, open_metric
+from onnxc.anytime.metric import Metric, _noise, estimated, open_metric
 from onnxc.anytime.tallies import Estimate
 from onnxc.errors import DataError, OptionError
 from onnxc.request import input_specs
@@ -164,3 +164,9 @@ def test_more_samples_of_the_original_narrow_the_interval(parse: Parse, tmp_path
     assert found[1].high - found[1].low < 0.6 * (found[0].high - found[0].low)
     whole = estimated(alone, first, second, samples, RUNTIME)
     assert found[1].low - 0.5 < whole.drop < found[1].high + 0.5
+
+
+def test_an_output_without_an_axis_of_samples_counts_for_all() -> None:
+    y, state = np.ones((3, 4), np.float32), np.ones((2, 3, 5), np.float32)
+    found = _noise({"y": y, "s": state}, {"y": y, "s": 1.1 * state}, None, {"x": y})
+    np.testing.assert_allclose(found, [0.5] * 3, rtol=1e-5)

@@ -172,14 +172,19 @@ def _scores(original: Subject, samples: Dataset, runtime: Runtime) -> Scores | N
 
 
 def _noise(ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> Array:
-    """Noise of each sample in percent of the power of its outputs, the mean over outputs."""
-    shares = []
+    """Noise of each sample in percent of the power of its outputs, the mean over outputs.
+
+    An output whose first axis is not that of the samples, such as a state, counts for all alike.
+    """
+    shares, n = [], next((len(x) for x in feed.values() if np.ndim(x)), 1)
     for name, y in ref.items():
         if not isinstance(y, np.ndarray) or y.dtype.kind != "f":
             continue
-        rows = [x.reshape(len(y), -1).astype(np.float64) for x in (y, out[name])]
+        count = n if y.shape[:1] == (n,) else 1
+        rows = [x.reshape(count, -1).astype(np.float64) for x in (y, out[name])]
         power = np.maximum((rows[0] ** 2).mean(axis=1), 1e-300)
-        shares.append(((rows[0] - rows[1]) ** 2).mean(axis=1) / power)
+        share = ((rows[0] - rows[1]) ** 2).mean(axis=1) / power
+        shares.append(np.broadcast_to(share, n))
     if not shares:
         raise OptionError("--metric sqnr needs an output of floats; give --metric MODULE:FUNCTION")
     return np.asarray(100 * np.mean(shares, axis=0))
