@@ -147,7 +147,9 @@ def analyze(context: click.Context, /, **settings: Any) -> None:
 @click.option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples a run."
 )
-@click.option("--repeats", type=click.IntRange(1), default=40, show_default=True, help="Rounds.")
+@click.option(
+    "--repeats", type=click.IntRange(1), default=40, show_default=True, help="Least rounds."
+)
 @click.option("--min-time", type=float, default=1.0, show_default=True, help="Least seconds.")
 @options.seed
 @options.html

@@ -55,14 +55,17 @@ MANY = 1 << 26  # products of a sweep over codes: of more, only the better start
 class Cluster:
     """Let the weights of each layer share few values.
 
-    bits: of a code, 1 to 8: 2^bits values. method: what finds the values. init: where kmeans,
-    hessian, ecsq and gmm start. refine: whether codes and values are then fitted to the outputs.
+    bits: of a code, 1 to 8: 2^bits values.
+    method: what finds the values.
+    init: where kmeans, hessian, ecsq and gmm start.
+    refine: whether codes and values are then fitted to the outputs.
     reconstruct: whether outputs ought to be those of the original model, or those of the layer.
     gains: whether each output has a factor of its own; auto: where that does more than longer codes
-    would, and never for ecsq, whose codes of weak outputs are short anyway. price: of ecsq, what a
-    bit of code length is worth, in bits of accuracy. prices: the same of some layers, as
-    NODE=SHARE, in shares of the power of the layer's outputs. grid: values are any floats, or int8
-    times one scale. smallest: bytes below which a weight is left alone.
+    would, and never for ecsq, whose codes of weak outputs are short anyway.
+    price: of ecsq, what a bit of code length is worth, in bits of accuracy.
+    prices: the same of some layers, as NODE=SHARE, in shares of the power of the layer's outputs.
+    grid: values are any floats, or int8 times one scale.
+    smallest: bytes below which a weight is left alone.
     """
 
     name: ClassVar[str] = "cluster"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import pytest
 
 import onnxc
 from calib import merge, statistics
-from onnxc import api, calibration, options, vectors
+from onnxc import api, calibration, commands, options, vectors
 from onnxc.cli import run
 from onnxc.commands import Watch
 from onnxc.core import Key
@@ -72,6 +73,15 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "Example:" in shown
     assert f"onnxc {command} model.onnx" in shown
+
+
+@pytest.mark.parametrize("command", commands.onnxc.commands.values(), ids=commands.onnxc.commands)
+def test_each_option_tells_what_it_is(command: click.Command) -> None:
+    """And nothing of others, as where one entry of a docstring holds several."""
+    told = {p.name: p.help or "" for p in command.params if isinstance(p, click.Option)}
+    assert [name for name, text in told.items() if not text] == []
+    owners = "|".join(told)
+    assert [name for name, text in told.items() if re.search(rf"\b({owners}): ", text)] == []
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
