@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,64 @@ COMMANDS = {
     )
 }
 
+OPTIONS = {  # what the commands above leave out, a run each
+    "quantize": (
+        *("--format qdq", "--format qoperator", "--format dynamic", "--format weight-only"),
+        *("--bits 4", "--bits 2 --no-keep-ends", "--bits 3.5", "--bits 4 --format weight-only"),
+        *("--scheme fixed", "--scheme fixed --bits 16", "--scheme pow2", "--scheme ternary"),
+        *("--scheme binary", "--scheme admm", "--scheme levels"),
+        *("--rounding gptq", "--rounding descent", "--rounding admm", "--rounding stochastic"),
+        *("--activations 16", "--activations float", "--activation-levels 4"),
+        *("--ranges minmax", "--ranges percentile", "--ranges entropy", "--ranges mse"),
+        *("--ranges aciq", "--ranges hwgq", "--ranges output"),
+        *("--keep-float 2", "--split-outliers 0.05", "--max-drop 1"),
+        *("--target x86-vnni", "--target x86", "--target arm64", "--target portable"),
+        *("--target openvino", "--target tensorrt", "--target qnn"),
+        *("--level none", "--level basic --threads 0", "--max-memory 1MB", "--workers 2"),
+        *("--exclude op:Conv", "--include op:MatMul --include op:Gemm", "--samples 1 --seed 7"),
+    ),
+    "sparsify": (
+        *("--sparsity 0.9", "--nm 2:4", "--allocation uniform", "--no-reconstruct"),
+        *("--criterion magnitude", "--criterion wanda", "--criterion obd"),
+    ),
+    "cluster": (
+        *("--method kmeans --init kmeans++", "--method hessian", "--method ecsq", "--method gmm"),
+        *("--method pq", "--method rq", "--method kernels", "--method filters"),
+        *("--format int8-codebook", "--bits 1", "--bits 8", "--grid int8", "--gains always"),
+        *("--method ecsq --loss 0.01", "--no-refine --no-reconstruct"),
+    ),
+    "prune": (
+        *("--ratio 0.3", "--latency 0.8", "--macs 0.6 --allocation uniform", "--nonlinear"),
+        *("--criterion l1", "--criterion fpgm", "--criterion bn", "--criterion apoz"),
+        *("--criterion activation", "--criterion thinet", "--criterion lasso"),
+        *("--criterion l2 --no-reconstruct", "--criterion random"),
+    ),
+    "factorize": (
+        *("--method svd", "--method channel", "--method spatial", "--method tucker"),
+        *("--method cp", "--method depthwise", "--method grouped", "--method tt"),
+        *("--params 0.7", "--latency 0.8", "--sqnr 30", "--nonlinear", "--no-faster"),
+        *("--rank energy:0.95", "--rank sqnr:30", "--rank vbmf", "--allocation uniform"),
+    ),
+    "compress": (
+        *("--metric sqnr", "--metric agreement", "--minimize size", "--minimize energy-proxy"),
+        *("--max-drop 5 --target portable", "--recipe deep-compression"),
+        *("--recipe smallest-file", "--recipe transformer-4bit"),
+    ),
+    "analyze": ("--bits 4", "--level none --what weights --target arm64"),
+    "calibrate": ("--what range,mean,moments", "--max-memory 1MB", "--workers 2"),
+    "validate": ("--threads 2 --level basic --max-drop 1",),
+    "bench": ("--threads 2 --level basic", "--batch 2"),
+}
+
+
+def _with(options: str, command: Command) -> Command:
+    """The command with more words, and a name that tells them."""
+    more = f"{command.arguments} {options}"
+    return replace(command, name=f"{command.name} {options}", arguments=more)
+
+
+VARIANTS = tuple(_with(words, COMMANDS[name]) for name in OPTIONS for words in OPTIONS[name])
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -146,7 +204,7 @@ def judge(subject: Subject, command: Command, folder: Path, limit: float = LIMIT
     ending, reason, report = _ending(ended, output)
     if ending == "done" and output is not None:
         ending, reason = _of_file(subject, output, read) or (ending, reason)
-    if ending == "done" and command.name == "quantize":
+    if ending == "done" and command.arguments.startswith("quantize"):
         ending, reason = _of_heavy(subject, report)
     if stray and ending not in ("late", *FAULTS):
         ending, reason = "stray file", min(stray).name
