@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
+# Tests start hundreds of processes; each would compile the package anew without its byte code.
+unexport PYTHONDONTWRITEBYTECODE
+
 demo: $(VENV)/.installed-all
 	@mkdir -p demo
 	$(BIN)/onnxc quantize models/digits_cnn.onnx \

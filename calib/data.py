@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from calib.callables import call, spool
 from calib.images import NAMED, SUFFIXES, Images, image_files
-from calib.inputs import Array, Axes, Feed, InputSpec, fixed_batch, is_float
+from calib.inputs import Array, Axes, Feed, InputSpec, fixed_batch
 from calib.observers import HistogramObserver
 from calib.preprocess import PRESETS, Preprocess, plan
 from calib.sources import Blocks, Source, mapping, numpy_file, onnx_set
 from calib.synthetic import Synthetic, guessed_shapes
+from onnxc.elements import is_float
 from onnxc.errors import DataError, OptionError
 
 __all__ = ["PRESETS", "Dataset", "InputSpec", "Preprocess", "open_data", "synthesize"]

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.inputs import Axes, Feed, is_float
+from calib.inputs import Axes, Feed
 from calib.preprocess import Plan
+from onnxc.elements import is_float
 from onnxc.errors import DataError, OptionError
 
 SUFFIXES = {

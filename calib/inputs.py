@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxc.elements import is_float
 from onnxc.errors import DataError
 
 Array = NDArray[Any]
@@ -44,11 +45,6 @@ class InputSpec:
 
 def _text(dims: Dims) -> str:
     return f"[{', '.join('?' if d is None else str(d) for d in dims)}]"
-
-
-def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether a type is floating point, with the ones of ml_dtypes (bfloat16, float8)."""
-    return dtype.kind == "f" or "float" in dtype.name
 
 
 def sample_axes(inputs: Sequence[InputSpec]) -> Axes:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.inputs import Dims, InputSpec, is_float
+from calib.inputs import Dims, InputSpec
+from onnxc.elements import is_float
 from onnxc.errors import DataError, OptionError
 
 CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1}

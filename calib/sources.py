@@ -33,10 +33,10 @@ from calib.inputs import (
     agree,
     check_dtype,
     conform,
-    is_float,
     reading,
     sample_axes,
 )
+from onnxc.elements import is_float
 from onnxc.errors import DataError
 
 LABELS = "labels"

@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from calib.inputs import Array, Axes, Dims, Feed, InputSpec, is_float, sample_axes
+from calib.inputs import Array, Axes, Dims, Feed, InputSpec, sample_axes
 from calib.observers import SIDE, HistogramObserver
+from onnxc.elements import is_float
 from onnxc.errors import DataError, OptionError
 
 NAMES: tuple[tuple[str, int], ...] = (  # symbol of a dimension, matched in this order

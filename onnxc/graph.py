@@ -47,6 +47,7 @@ from onnxc.edit import (
     values,
     walk,
 )
+from onnxc.elements import is_float
 from onnxc.envelope import Envelope
 from onnxc.errors import ModelError
 from onnxc.files import TemporaryFolder, alone, link, replacing
@@ -245,7 +246,7 @@ def unfinite(model: Model) -> list[str]:
     return [
         tensor.name
         for tensor in constants(model.graph)
-        if "float" in tensor.dtype.name and _is_bad(tensor, infinity=id(tensor) in factors)
+        if is_float(tensor.dtype) and _is_bad(tensor, infinity=id(tensor) in factors)
     ]
 
 

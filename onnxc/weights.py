@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxc import elements
 from onnxc.errors import ModelError
 from onnxc.files import TemporaryFolder
 
@@ -38,23 +38,23 @@ class ExternalValues(LazyValues):  # type: ignore[misc]
 
     def __init__(self, path: Path, offset: int, tensor: onnx.TensorProto) -> None:
         self.path, self.offset = path, offset
-        self.kind = ir.DataType(tensor.data_type)
         self.shape = tuple(tensor.dims)
-        self.dtype = self.kind.numpy()
+        self.dtype = elements.dtype(tensor.data_type)
         self.nbytes = stored_bytes(tensor)
-
-    def mapped(self) -> ir.ExternalTensor:
-        shape = ir.Shape(self.shape)
-        at, size = self.offset, self.nbytes
-        return ir.ExternalTensor(str(self.path), at, size, self.kind, shape=shape, name="")
 
     def load(self) -> NDArray[Any]:
         """The values, a read-only view of the file where the type allows it."""
         try:
-            values: NDArray[Any] = self.mapped().numpy()
-            return values
+            return elements.unpacked(self._mapped(), self.dtype, self.shape)
         except OSError as error:
             raise ModelError(f"cannot read external data {self.path}: {error.strerror}") from error
+        except ValueError as error:  # it was long enough when the model was opened
+            raise ModelError(f"external data {self.path} was cut off meanwhile") from error
+
+    def _mapped(self) -> NDArray[np.uint8]:
+        if not self.nbytes:  # nothing cannot be mapped
+            return np.empty(0, np.uint8)
+        return np.asarray(np.memmap(self.path, np.uint8, "r", self.offset, (self.nbytes,)))
 
 
 Values = NDArray[Any] | ExternalValues
@@ -71,12 +71,10 @@ class Scratch:
         """The same values on disk. Raises OSError when that is full."""
         self.count += 1
         path = Path(self.folder.name) / str(self.count)
-        source = to_ir(values)
         with path.open("wb") as file:
-            source.tofile(file)
-        kept = ExternalValues(
-            path, 0, onnx.TensorProto(data_type=int(source.dtype), dims=values.shape)
-        )
+            write(values, file)
+        kind = elements.number(values.dtype)
+        kept = ExternalValues(path, 0, onnx.TensorProto(data_type=kind, dims=values.shape))
         weakref.finalize(kept, _forget, path, self.folder)
         return kept
 
@@ -92,8 +90,10 @@ def stored_bytes(tensor: onnx.TensorProto) -> int:
     Raises ModelError when there is no such type or shape, or when texts are meant.
     """
     try:
-        bits: int = ir.DataType(tensor.data_type).bitwidth
-    except (ValueError, TypeError) as error:
+        kind = elements.dtype(tensor.data_type)
+        if kind.hasobject:
+            raise ValueError("texts are of any size")
+    except ValueError as error:
         raise ModelError(
             f"initializer {tensor.name!r} is damaged: its type {tensor.data_type} has no fixed size"
         ) from error
@@ -101,7 +101,7 @@ def stored_bytes(tensor: onnx.TensorProto) -> int:
         raise ModelError(
             f"initializer {tensor.name!r} is damaged: it has the shape {list(tensor.dims)}"
         )
-    return -(-int(prod(tensor.dims)) * bits // 8)
+    return elements.size(kind, int(prod(tensor.dims)))
 
 
 def to_array(tensor: onnx.TensorProto) -> NDArray[Any]:
@@ -114,8 +114,8 @@ def to_array(tensor: onnx.TensorProto) -> NDArray[Any]:
             texts = np.empty(len(tensor.string_data), object)
             texts[:] = list(tensor.string_data)
             return texts.reshape(tensor.dims)
-        array: NDArray[Any] = ir.serde.TensorProtoTensor(tensor).numpy()
-    except (ValueError, AssertionError, TypeError) as error:
+        array: NDArray[Any] = onnx.numpy_helper.to_array(tensor)
+    except (ValueError, LookupError, TypeError) as error:
         raise ModelError(
             f"initializer {tensor.name!r} is damaged: its data does not fit "
             f"type {tensor.data_type} and shape {list(tensor.dims)}"
@@ -129,24 +129,16 @@ def to_tensor(name: str, values: Values) -> onnx.TensorProto:
     """A tensor protobuf that holds the values, any type that ONNX knows."""
     if isinstance(values, np.ndarray) and values.dtype.kind in "OUS":
         return onnx.numpy_helper.from_array(values.astype(object), name)
-    source = to_ir(values)
-    tensor = onnx.TensorProto(name=name, data_type=int(source.dtype), dims=values.shape)
-    tensor.raw_data = source.tobytes()
+    kind = elements.number(values.dtype)
+    tensor = onnx.TensorProto(name=name, data_type=kind, dims=values.shape)
+    tensor.raw_data = b"".join(pieces(values))
     return tensor
-
-
-def to_ir(values: Values) -> ir.ExternalTensor | ir.Tensor[Any]:
-    """The same values as onnx-ir sees them, which can write and pack every type."""
-    if isinstance(values, ExternalValues):
-        return values.mapped()
-    is_native = values.dtype.isnative
-    return ir.Tensor(values if is_native else values.astype(values.dtype.newbyteorder("=")))
 
 
 def pieces(values: Values) -> Iterator[bytes]:
     """The bytes in a file, a few at a time. Raises ModelError when they cannot be read."""
     if not isinstance(values, ExternalValues):
-        yield bytes(to_ir(values).tobytes())
+        yield elements.packed(values).tobytes()
         return
     try:
         with values.path.open("rb") as file:
@@ -157,11 +149,21 @@ def pieces(values: Values) -> Iterator[bytes]:
         raise ModelError(f"cannot read external data {values.path}: {error.strerror}") from error
 
 
+def write(values: Values, file: BinaryIO) -> None:
+    """The same into a file, of an array without a second copy."""
+    if isinstance(values, ExternalValues):
+        file.writelines(pieces(values))
+    else:
+        file.write(elements.packed(values).data)
+
+
 def size(values: Values) -> int:
     """Bytes in a file."""
-    if isinstance(values, np.ndarray) and values.dtype.kind in "OUS":
+    if isinstance(values, ExternalValues):
+        return values.nbytes
+    if values.dtype.kind in "OUS":
         return sum(len(text) for text in values.astype(object).flat)
-    return int(to_ir(values).nbytes)
+    return elements.size(values.dtype, values.size)
 
 
 def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -207,8 +209,8 @@ def stub(name: str, values: Values, weights: list[Values]) -> onnx.TensorProto:
     """A tensor for a skeleton: small values whole, others appended to `weights`."""
     if isinstance(values, np.ndarray) and (values.nbytes <= KEEP or values.dtype.kind in "OUS"):
         return to_tensor(name, values)
-    kind = to_ir(values).dtype
-    tensor = onnx.TensorProto(name=name, data_type=int(kind), dims=values.shape)
+    kind = elements.number(values.dtype)
+    tensor = onnx.TensorProto(name=name, data_type=kind, dims=values.shape)
     weights.append(values)
     _hollow(tensor, len(weights) - 1)
     return tensor
@@ -254,7 +256,7 @@ def spill(graph: onnx.GraphProto, weights: list[Values], file: BinaryIO, locatio
         if number is None:
             continue
         if number not in places:
-            places[number] = _append(file, to_ir(weights[number]))
+            places[number] = _append(file, weights[number])
         refer_to(tensor, location, *places[number])
 
 
@@ -281,10 +283,10 @@ def refer(graph: onnx.GraphProto, weights: list[Values], scratch: Scratch | None
     return root
 
 
-def _append(file: BinaryIO, source: ir.ExternalTensor | ir.Tensor[Any]) -> tuple[int, int]:
+def _append(file: BinaryIO, values: Values) -> tuple[int, int]:
     offset = -(-file.tell() // _ALIGN) * _ALIGN
     file.write(b"\0" * (offset - file.tell()))
-    source.tofile(file)
+    write(values, file)
     return offset, file.tell() - offset
 
 

@@ -144,7 +144,7 @@ def write(proto: onnx.ModelProto, held: list[Values], file: BinaryIO) -> None:
     for head, values in parts:
         file.write(head)
         if values is not None:
-            weights.to_ir(values).tofile(file)
+            weights.write(values, file)
     file.write(behind + last)
 
 

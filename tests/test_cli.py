@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -484,3 +486,11 @@ def test_shells_complete_commands_and_choices(capsys: pytest.CaptureFixture[str]
     assert {"calibrate", "cluster", "compress"} <= found
     found = {item.value for item in complete.get_completions(["compress", "--minimize"], "")}
     assert found == {"latency", "size", "energy-proxy"}
+
+
+def test_starting_takes_no_library_that_is_not_used() -> None:
+    """Each command pays for what is imported, and so does each process that opens a model."""
+    heavy = ("sympy", "matplotlib", "jinja2", "PIL", "distributed", "onnxscript", "torch")
+    program = f"import sys, onnxc.commands, onnxc.api; print(set({heavy}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import onnx
-import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from onnxc import wire
+from onnxc import elements, wire
 from onnxc.errors import ModelError
 from onnxc.storage.streams import WIDTHS, Kind
 from onnxc.weights import DIGITS, is_inside, stored_bytes
@@ -126,11 +125,11 @@ def _piece(whole: Piece, start: int, stop: int, width: int) -> Piece:
 def _kind(tensor: onnx.TensorProto) -> Kind:
     rows = tensor.dims[0] if len(tensor.dims) > 1 and tensor.dims[0] > 0 else 1
     try:
-        kind = ir.DataType(tensor.data_type)
-        width = kind.bitwidth // 8
-    except (ValueError, TypeError):  # a type of the future, or texts
+        kind = elements.dtype(tensor.data_type)
+    except ValueError:  # a type of the future
         return Kind(channels=rows)
-    return Kind(width, kind.is_floating_point(), rows) if width in WIDTHS else Kind(channels=rows)
+    width = 0 if kind.hasobject else elements.bits(kind) // 8
+    return Kind(width, elements.is_float(kind), rows) if width in WIDTHS else Kind(channels=rows)
 
 
 def _external(path: Path, tensor: onnx.TensorProto) -> tuple[str, Piece]:
