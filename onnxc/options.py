@@ -318,7 +318,8 @@ search = group_of(
         default="10m",
         show_default=True,
         metavar="TIME",
-        help="When to stop, such as 90s, 10m or 1.5h; what was found until then is kept.",
+        help="When to stop, such as 90s, 10m or 1.5h; what was found until then is kept, and the "
+        "first thing that is tried is always finished.",
     ),
     click.option("--resume", is_flag=True, help="Go on where a search of the same was stopped."),
 )

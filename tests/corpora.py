@@ -68,6 +68,7 @@ class Command:
     reads: str = ""
 
 
+BUDGET = "--macs 0.8"
 COMMANDS = {
     row.name: row
     for row in (
@@ -75,8 +76,8 @@ COMMANDS = {
         Command("quantize", "quantize {model} {data}", "quantize.onnx"),
         Command("sparsify", "sparsify {model} {data}", "sparsify.onnx"),
         Command("cluster", "cluster {model} {data}", "cluster.onnx"),
-        Command("prune", "prune {model} {data} --macs 0.8", "prune.onnx"),
-        Command("factorize", "factorize {model} {data} --macs 0.8", "factorize.onnx"),
+        Command("prune", "prune {model} {data} " + BUDGET, "prune.onnx"),
+        Command("factorize", "factorize {model} {data} " + BUDGET, "factorize.onnx"),
         Command("compress", "compress {model} {data} --max-time 5s", "compress.onnx"),
         Command("calibrate", "calibrate {model} {data}", "model.stats"),
         Command("analyze", "analyze {model} {data} --seconds 5"),
@@ -87,6 +88,7 @@ COMMANDS = {
     )
 }
 
+BUDGETS = ("--macs", "--ratio", "--params", "--latency", "--sqnr", "--rank")
 OPTIONS = {  # what the commands above leave out, a run each
     "quantize": (
         *("--format qdq", "--format qoperator", "--format dynamic", "--format weight-only"),
@@ -101,7 +103,7 @@ OPTIONS = {  # what the commands above leave out, a run each
         *("--target x86-vnni", "--target x86", "--target arm64", "--target portable"),
         *("--target openvino", "--target tensorrt", "--target qnn"),
         *("--level none", "--level basic --threads 0", "--max-memory 1MB", "--workers 2"),
-        *("--exclude op:Conv", "--include op:MatMul --include op:Gemm", "--samples 1 --seed 7"),
+        *("--exclude op:Conv", "--include re:.*[02468]$", "--samples 1 --seed 7"),
     ),
     "sparsify": (
         *("--sparsity 0.9", "--nm 2:4", "--allocation uniform", "--no-reconstruct"),
@@ -138,8 +140,11 @@ OPTIONS = {  # what the commands above leave out, a run each
 
 
 def _with(options: str, command: Command) -> Command:
-    """The command with more words, and a name that tells them."""
-    more = f"{command.arguments} {options}"
+    """The command with more words, one budget among them, and a name that tells them."""
+    usual = (
+        command.arguments.replace(BUDGET, "") if options.startswith(BUDGETS) else command.arguments
+    )
+    more = f"{usual} {options}"
     return replace(command, name=f"{command.name} {options}", arguments=more)
 
 
