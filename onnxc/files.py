@@ -46,7 +46,7 @@ def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
     folders = {target.parent for target in targets}
     for folder in folders:
         sweep(folder)
-    temporary = [target.with_name(f".{HERE}{uuid4().hex}{END}") for target in targets]
+    temporary = [_beside(target, uuid4().hex) for target in targets]
     pairs = list(zip(temporary, targets, strict=True))
     try:
         with ExitStack() as locks:
@@ -95,7 +95,7 @@ def alone(path: str | Path, wait: bool = True) -> Iterator[None]:
         yield
         return
     target = Path(path)
-    place = target.with_name(f".{HERE}{zlib.crc32(target.name.encode()):08x}{END}")
+    place = _beside(target, f"{zlib.crc32(target.name.encode()):08x}")
     try:
         file = _sole(place, wait)
     except BlockingIOError as error:
@@ -116,7 +116,7 @@ def link(source: Path, target: Path) -> None:
 
     Raises OptionError when it cannot be written.
     """
-    temporary = target.with_name(f".{HERE}{uuid4().hex}{END}")
+    temporary = _beside(target, uuid4().hex)
     try:
         try:
             os.link(source, temporary)
@@ -151,6 +151,11 @@ def _remove(path: Path, is_of_here: bool) -> None:
         shutil.rmtree(path) if is_folder else path.unlink()
     finally:
         os.close(handle)
+
+
+def _beside(target: Path, mark: str) -> Path:
+    """The name of a temporary file in the folder of a target, which `sweep` knows."""
+    return target.with_name(f".{HERE}{mark}{END}")
 
 
 def _create(temporary: Path, target: Path) -> BinaryIO:
