@@ -54,10 +54,11 @@ Feed = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One state of a model: a copy of it, its interface, and what it computes from one feed.
+    """One state of a model: the model, its interface, and what it computes from one feed.
 
-    outputs is None where no feed was given or the model does not run; failure then says why.
-    proto: the skeleton that was run.
+    model: as long as nobody changes it; `kept` is the same with a copy. outputs is None where no
+    feed was given or the model does not run; failure then says why. proto: the skeleton that was
+    run.
     """
 
     model: Model
@@ -67,9 +68,13 @@ class Snapshot:
     precision: str = "float32"
     proto: onnx.ModelProto | None = field(default=None, repr=False)
 
+    def kept(self, changing: Model) -> Snapshot:
+        """The same state when a model will be changed; its weights are shared."""
+        return replace(self, model=copy(changing)) if self.model.graph is changing.graph else self
+
 
 def snapshot(model: Model, feed: Feed | None, runtime: Runtime = Runtime()) -> Snapshot:
-    """Copy a model (its weights are shared) and run it once."""
+    """Run a model once."""
     failure, outputs, proto = None, None, None
     try:
         staged = _staged(model, feed, replace(runtime, lean=True))
@@ -77,8 +82,8 @@ def snapshot(model: Model, feed: Feed | None, runtime: Runtime = Runtime()) -> S
         outputs = _outputs(staged, feed)
     except ModelError as error:
         failure = str(error)
-    backup, kind = copy(model), _precision(model.graph)
-    return Snapshot(backup, interface(model.graph), outputs, failure, kind, proto)
+    kind = _precision(model.graph)
+    return Snapshot(model, interface(model.graph), outputs, failure, kind, proto)
 
 
 def _staged(model: Model, feed: Feed | None, runtime: Runtime) -> Staged:

@@ -88,7 +88,7 @@ def apply_pass(
     before: the `after` of the previous step, which saves the reference run. runtime: how the model
     is run for it.
     """
-    old = before or snapshot(model, feed, runtime)
+    old = (before or snapshot(model, feed, runtime)).kept(model)
     try:
         results = pass_.apply(model.graph, context)
         changes = tuple(r for r in results if isinstance(r, Change))
@@ -121,7 +121,7 @@ def prepare(
         if progress is not None:
             progress(pass_.name)
         if is_new:
-            infer(model)
+            infer(model, proto=last.proto)
         context = Context(opset=opset(model.graph), target=Target("any"))
         step = apply_pass(model, pass_, context, feed, last)
         last = step.after or last
@@ -298,7 +298,7 @@ def compress(
     for pass_ in passes:
         if progress is not None:
             progress(pass_.name)
-        infer(model, feed)
+        infer(model, feed, None if last is None else last.proto)
         known = (None, None) if steps else (state, source)
         ready = _in_turn(model, pass_, calibration, progress)
         stats = gather(model, ready, context, calibration, progress, *known)

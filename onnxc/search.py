@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from calib.data import Dataset
 from onnxc.bench import Latency, Ratio, speedup, time_interleaved
-from onnxc.check import Comparison
+from onnxc.check import Comparison, Snapshot, snapshot
 from onnxc.contest import Contest, compared
 from onnxc.core import Context, Pass
 from onnxc.cost import free_dimensions, heavy_nodes
@@ -235,6 +236,11 @@ class Builder:
         self._sources: dict[Way, Way] = {PREPARED: PREPARED}
         self._known: dict[Way, Calibration] = {PREPARED: calibration}
 
+    @cached_property
+    def _prepared(self) -> Snapshot:
+        model, calibration = self._made[PREPARED][0], self._known[PREPARED]
+        return snapshot(model, self.feed, calibration.runtime)
+
     def built(self, passes: Way) -> Built:
         """The model that passes make, and what each did."""
         for count in range(1, len(passes) + 1):
@@ -258,7 +264,7 @@ class Builder:
         *start, pass_ = path
         known = self._known[tuple(start)]
         before, steps = self._made[tuple(start)]
-        result, last = copy(before), steps[-1].after if steps else None
+        result, last = copy(before), steps[-1].after if steps else self._prepared
         source = self._sources[tuple(start)]
         (step,) = compress(
             *(result, [pass_], self.context, known, self.feed, self.progress, last),

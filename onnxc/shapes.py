@@ -43,21 +43,23 @@ _INFERENCE_ERRORS = (
 )
 
 
-def infer(model: Model, feed: Feed | None = None) -> list[str]:
+def infer(
+    model: Model, feed: Feed | None = None, proto: onnx.ModelProto | None = None
+) -> list[str]:
     """Set `.shape` and `.dtype` of the tensors inside `model.graph` and its bodies, in place.
 
-    feed: one batch by input name; with it, shapes that inference does not find are observed.
-    Returns sentences on what stays unknown; never raises for a model that loads.
+    feed: one batch by input name; with it, shapes that inference does not find are observed. proto:
+    the skeleton of the model, where there is one already. Returns sentences on what stays unknown;
+    never raises for a model that loads.
     """
-    proto, held = skeleton(model)
-    inferred = _inferred(proto)
+    inferred = _inferred(skeleton(model)[0] if proto is None else proto)
     for scope, graph in _scopes(model.graph):
         _apply(graph, inferred.get(scope, {}))
     open_ones = _open_tensors(model.graph, inferred.get("", {}))
     notes = []
     if open_ones and feed is not None:
         try:
-            _observe(model, proto, held, open_ones, feed)
+            _observe(model, open_ones, feed)
         except ModelError as error:
             notes.append(f"shapes could not be observed: {error}")
     unknown = [t for t in open_ones if t.shape is None]
@@ -157,10 +159,9 @@ def _is_open(tensor: gs.Variable) -> bool:
     return tensor.dtype is None or tensor.shape is None or None in tensor.shape
 
 
-def _observe(
-    model: Model, proto: onnx.ModelProto, held: list[Any], tensors: list[gs.Variable], feed: Feed
-) -> None:
+def _observe(model: Model, tensors: list[gs.Variable], feed: Feed) -> None:
     names = {fresh(model.graph, f"shape_of_{t.name}"): t for t in tensors}
+    proto, held = skeleton(model)
     _probe(proto, names)
     compute, types = _opened(model, proto, held, list(names), feed)
     first = compute(dict(feed))
