@@ -9,6 +9,8 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 # Tests start hundreds of processes; each would compile the package anew without its byte code.
 unexport PYTHONDONTWRITEBYTECODE
+# Two tests run at a time: threads of linear algebra in each would wait for those of the other.
+test check nightly test-matrix: export OPENBLAS_NUM_THREADS = 1
 
 demo: $(VENV)/.installed-all
 	@mkdir -p demo

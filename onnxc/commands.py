@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -421,7 +422,7 @@ def reader() -> Iterator[None]:
     try:
         yield
     except (BrokenPipeError, SystemExit):  # the latter from rich
-        sys.stdout = None
+        sys.stdout = StringIO()  # for what follows
     except OSError as error:
         raise OSError(error.errno, error.strerror, "standard output") from error
 

@@ -8,6 +8,7 @@ in a file. Files are little-endian.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,8 @@ def unpacked(data: NDArray[np.uint8], kind: np.dtype[Any], shape: tuple[int, ...
 
     Raises ValueError when they do not fill the shape.
     """
+    if data.size != size(kind, prod(shape)):
+        raise ValueError(f"{data.size} bytes do not fill {list(shape)} of {kind.name}")
     if bits(kind) < 8:
         tensor = onnx.TensorProto(data_type=number(kind), dims=shape, raw_data=data.tobytes())
         return np.asarray(onnx.numpy_helper.to_array(tensor))

@@ -67,6 +67,10 @@ def refuse(model: ModelProto) -> None:
         if kind in _REFUSED_INPUTS:
             what = _REFUSED_INPUTS[kind]
             raise ModelError(f"input {value.name!r} is {what}; onnxc takes tensors and sequences")
+    counts = Counter((f.domain, f.name, f.overload) for f in model.functions)
+    for (domain, name, _), count in counts.items():
+        if count > 1:  # one of them would be taken, by chance
+            raise ModelError(f"there are {count} local functions {domain}.{name}")
     for _, graph in graphs(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             _refuse_type(value)

@@ -114,15 +114,22 @@ def to_array(tensor: onnx.TensorProto) -> NDArray[Any]:
             texts = np.empty(len(tensor.string_data), object)
             texts[:] = list(tensor.string_data)
             return texts.reshape(tensor.dims)
-        array: NDArray[Any] = onnx.numpy_helper.to_array(tensor)
+        array = _read(tensor)
     except (ValueError, LookupError, TypeError) as error:
         raise ModelError(
             f"initializer {tensor.name!r} is damaged: its data does not fit "
             f"type {tensor.data_type} and shape {list(tensor.dims)}"
         ) from error
-    array = np.asarray(array).reshape(tensor.dims)
+    array = array.reshape(tensor.dims)
     array.flags.writeable = False
     return array
+
+
+def _read(tensor: onnx.TensorProto) -> NDArray[Any]:
+    if not tensor.HasField("raw_data"):
+        return np.asarray(onnx.numpy_helper.to_array(tensor))
+    data = np.frombuffer(tensor.raw_data, np.uint8)
+    return elements.unpacked(data, elements.dtype(tensor.data_type), tuple(tensor.dims))
 
 
 def to_tensor(name: str, values: Values) -> onnx.TensorProto:

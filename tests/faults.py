@@ -235,8 +235,7 @@ def _suffer(case: Case, out: Path, err: Path, changes: Path) -> None:
             _limit(name, resource.RLIM_INFINITY)
     changes.write_text(str(counter.count))
     with suppress(OSError):
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     atexit._run_exitfuncs()
     os._exit(code)  # the runtime's threads are not there to be joined
 
