@@ -18,6 +18,11 @@ class Outcome(NamedTuple):
     reason: str = ""
     is_fault: bool = False
 
+    @property
+    def command(self) -> str:
+        """What was called, without options."""
+        return self.what.partition(" ")[0]
+
     def __str__(self) -> str:
         return f"{self.what} on {self.subject}: {self.ending}, {self.reason}"
 
@@ -43,8 +48,8 @@ def tables(outcomes: Sequence[Outcome], most: int | None = None) -> list[str]:
 def _endings(outcomes: Sequence[Outcome]) -> list[str]:
     endings = sorted({o.ending for o in outcomes})
     lines = [row("", "tried", *endings), row("---", *["---:"] * (1 + len(endings)))]
-    for what in dict.fromkeys(o.what for o in outcomes):
-        counts = Counter(o.ending for o in outcomes if o.what == what)
+    for what in dict.fromkeys(o.command for o in outcomes):
+        counts = Counter(o.ending for o in outcomes if o.command == what)
         lines.append(row(f"`{what}`", counts.total(), *(counts[e] for e in endings)))
     return lines
 

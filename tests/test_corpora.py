@@ -16,9 +16,8 @@ import onnx
 import pytest
 from corpora import COMMANDS, FAULTS, VARIANTS, Ended, Subject, accounted, called, judge, judged
 from outcomes import Outcome, faults, plain, tables
-from test_zoo import REFUSED, SLOW
 from texts import bind, normal
-from zoo import entries, subject
+from zoo import entries, quick, subject, with_options
 
 from onnxc.graph import load, save
 
@@ -62,13 +61,7 @@ def test_the_zoo(
 def test_each_option_on_models_of_the_zoo(
     turn: int, shared: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    """Two models in turn, so that all options meet all kinds of models in some runs."""
-    quick = [entry for entry in entries() if entry["name"] not in (*SLOW, *REFUSED)]
-    for index in (turn, turn + len(quick) // 2):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        model = subject(quick[index % len(quick)], tmp_path)
-        check([judge(model, VARIANTS[turn], folder)], record_property)
+    check(list(with_options(turn, quick(), tmp_path)), record_property)
 
 
 @pytest.fixture

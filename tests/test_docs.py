@@ -37,8 +37,8 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 SLOW = {  # minutes: a dozen quantizations, searches, layers taken one by one
     f"docs/{name}.md"
     for name in (
-        *("accuracy-fell", "analyze", "compress", "few-bits", "low-rank", "pruning", "sparsity"),
-        "weight-sharing",
+        *("accuracy-fell", "analyze", "compress", "few-bits", "low-rank", "package"),
+        *("pruning", "sparsity", "weight-sharing"),
     )
 }
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -33,8 +33,8 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "extra",
     [
         ["--macs", 0.8, "--no-faster"],
-        ["--params", 0.8, "--no-faster"],
-        ["--sqnr", 20, "--no-faster"],
+        pytest.param(["--params", 0.8, "--no-faster"], marks=pytest.mark.slow),
+        pytest.param(["--sqnr", 20, "--no-faster"], marks=pytest.mark.slow),
         ["--macs", 0.9, "--allocation", "uniform", "--method", "svd", "--nonlinear"],
     ],
 )

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ def manifest() -> dict[str, dict[str, list[int]]]:
 ZOO = manifest()
 CARRIED_NOT = {"pipeline_vectorize": "input 'float_input' is a map"}
 NEVER_RAN = {"deformconv_19", "gnn_policy", "nested_if_loop_scan"}  # ONNX Runtime refuses them
+SLOW = {"ad01_loops_op19", "protocol_transformer"}
 MEANINGS = {"sr": 16000}  # inputs that are no noise
 
 
@@ -160,7 +162,12 @@ def ports(opened: Any) -> list[tuple[str, str, Any]]:
     return [(p.name, p.type, p.shape) for p in (*opened.get_inputs(), *opened.get_outputs())]
 
 
-@pytest.mark.parametrize("name", ZOO or ["none"])
+def real_models() -> Iterator[Any]:
+    for name in ZOO or ["none"]:
+        yield pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+
+
+@pytest.mark.parametrize("name", list(real_models()))
 def test_real_models_come_out_as_they_went_in(name: str, shared: Path) -> None:
     path = shared / "models" / "zoo" / f"{name}.onnx"
     if name in CARRIED_NOT:

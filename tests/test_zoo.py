@@ -17,7 +17,7 @@ import onnx
 import pytest
 from corpora import interface
 from numpy.typing import NDArray
-from zoo import ZOO, data, entries
+from zoo import REFUSED, SLOW, ZOO, data, entries
 
 from onnxc.api import quantize
 from onnxc.errors import OnnxcError
@@ -25,16 +25,6 @@ from onnxc.quantization import QuantizeSettings
 from onnxc.report import Report
 from onnxc.runtime import run, session
 
-REFUSED = {  # a part of the sentence that says why
-    "deformconv_19": "does not run on the data",
-    "gnn_policy": "ONNX Runtime refuses the model",
-    "micro_kws_qdq": "is already quantized (qdq); it is left alone",
-    "mlperftiny_ad_int8": "is already quantized (qdq); it is left alone",
-    "mlperftiny_kws_int8_qdq": "is already quantized (qdq); it is left alone",
-    "mlperftiny_strmww_int8": "is already quantized (qdq); it is left alone",
-    "nested_if_loop_scan": "ONNX Runtime refuses the model",
-    "pipeline_vectorize": "input 'float_input' is a map",
-}
 WITHOUT_WEIGHTS = {  # tree ensembles, products written as loops, weights made by ConstantOfShape
     *("ad01_loops_op19", "light_inception_v2"),
     *("lightgbm_onnxmltools", "mlnet_pipeline", "sklearn_randomforest"),
@@ -43,13 +33,6 @@ ALL_INTEGER = {  # static quantization puts every heavy node in an integer kerne
     *("bodypix_mbv1_050_s16", "deeplabv3_257_tf", "espcn_nnresize_opset2", "espcn_subpixel"),
     *("fastestdet_ppp", "mlperftiny_ic_resnet8", "squeezenet_fp16_winml"),
     *("super_resolution_10", "winml_imageclassifier", "yunet_120x160"),
-}
-SLOW = {
-    *("ad01_loops_op19", "agllnet_lowlight_256", "dnsmos_p835", "gtcrn_stream_simple"),
-    *("hand_landmark", "light_inception_v2", "light_person_detector", "light_shufflenet"),
-    *("nanodet_m_320", "pan_mbv3s_seg_simplified", "person_reid_0248", "protocol_transformer"),
-    *("selfie_seg_landscape", "style_mosaic", "super_resolution_10", "tbefn_lowlight_180x320"),
-    *("ultraface_rfb320", "ultraface_rfb320_ortzoo", "yunet_n_320"),
 }
 SMALLEST = 1024  # bytes of a weight that is worth its scales
 HEAVY = ("Conv", "Gemm", "MatMul", "LSTM", "GRU")  # parts of the names of operators

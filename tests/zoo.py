@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from conftest import SHARED
-from corpora import Subject
+from corpora import VARIANTS, Subject, judge
 from numpy.typing import NDArray
+from outcomes import Outcome
 
 from onnxc.runtime import dtype_of, session
 
 ZOO = SHARED / "models" / "zoo"
 SAMPLES = 4
 CORPUS = "zoo"
+REFUSED = {  # a part of the sentence that says why
+    "deformconv_19": "does not run on the data",
+    "gnn_policy": "ONNX Runtime refuses the model",
+    "micro_kws_qdq": "is already quantized (qdq); it is left alone",
+    "mlperftiny_ad_int8": "is already quantized (qdq); it is left alone",
+    "mlperftiny_kws_int8_qdq": "is already quantized (qdq); it is left alone",
+    "mlperftiny_strmww_int8": "is already quantized (qdq); it is left alone",
+    "nested_if_loop_scan": "ONNX Runtime refuses the model",
+    "pipeline_vectorize": "input 'float_input' is a map",
+}
+SLOW = {  # too slow for the quick suite
+    *("blazeface_front", "espcn_nnresize_opset2"),
+    *("ad01_loops_op19", "agllnet_lowlight_256", "dnsmos_p835", "gtcrn_stream_simple"),
+    *("hand_landmark", "light_inception_v2", "light_person_detector", "light_shufflenet"),
+    *("nanodet_m_320", "pan_mbv3s_seg_simplified", "person_reid_0248", "protocol_transformer"),
+    *("selfie_seg_landscape", "style_mosaic", "super_resolution_10", "tbefn_lowlight_180x320"),
+    *("ultraface_rfb320", "ultraface_rfb320_ortzoo", "yunet_n_320"),
+}
 
 
 def entries() -> list[dict[str, Any]]:
@@ -23,6 +43,22 @@ def entries() -> list[dict[str, Any]]:
     manifest = ZOO / "manifest.json"
     found: list[dict[str, Any]] = json.loads(manifest.read_text()) if manifest.is_file() else []
     return found
+
+
+def quick() -> list[dict[str, Any]]:
+    """Those that commands work on, and not for long."""
+    return [entry for entry in entries() if entry["name"] not in (*SLOW, *REFUSED)]
+
+
+def with_options(
+    turn: int, models: Sequence[dict[str, Any]], folder: Path, count: int = 2
+) -> Iterator[Outcome]:
+    """A command with options on some models, each turn on others, so that all kinds meet."""
+    for index in range(turn, turn + len(models), len(models) // count)[:count]:
+        own = folder / str(index)
+        own.mkdir()
+        found = judge(subject(models[index % len(models)], folder), VARIANTS[turn], own)
+        yield found._replace(corpus=f"{CORPUS}, with options")
 
 
 def subject(entry: dict[str, Any], folder: Path) -> Subject:

@@ -18,9 +18,9 @@ from sections import put_section
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backend import MODULES, PACKAGED, every_pass, one_operator, packaged, with_weights
-from corpora import judged
+from corpora import VARIANTS, judged
 from outcomes import Outcome, faults, row, tables
-from zoo import entries, subject
+from zoo import entries, quick, subject, with_options
 
 HEADING = "## Corpora"
 NOTE = (
@@ -52,8 +52,9 @@ def main() -> None:
 
 
 def units() -> Units:
-    """What is run at once, by name: a model of the zoo, a folder or a module of ONNX's models."""
+    """What is run at once, by name: a model, an option, a folder or a module of ONNX's models."""
     found: Units = {f"zoo/{e['name']}": lambda e=e: of_zoo(e) for e in entries()}
+    found |= {f"options/{x.name}": lambda n=n: of_options(n) for n, x in enumerate(VARIANTS)}
     found |= {f"packaged/{f}": lambda f=f: of_folder(f) for f in PACKAGED}
     return found | {m.rpartition(".")[2]: lambda m=m: of_module(m) for m in MODULES}
 
@@ -63,6 +64,11 @@ def of_zoo(entry: dict[str, str]) -> Iterator[Outcome]:
         out = Path(folder) / "out"
         out.mkdir()
         yield from judged(subject(entry, Path(folder)), out)
+
+
+def of_options(turn: int) -> Iterator[Outcome]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield from with_options(turn, quick(), Path(folder))
 
 
 def of_folder(folder: str) -> Iterator[Outcome]:
