@@ -23,6 +23,7 @@ so that the error of dropping a set S is Σ_{c, j in S} K_cj, and that of a scal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,8 @@ from onnxc.numerics.saliency import Consumer, Floats
 Array = NDArray[np.floating]
 
 PATH = 60  # λ tried, from 1e-4 of the one that sends all to zero
-SWEEPS = 30  # of coordinate descent for each λ
+SWEEPS = 30  # of coordinate descent for each λ, at most
+STILL = 1e-4  # change of the scales in a sweep below which they have settled
 TINY = 1e-30
 
 
@@ -96,21 +98,31 @@ def lasso(consumers: Sequence[Consumer]) -> Floats:
     K = products(consumers)
     pull, curvature = K.sum(axis=1), np.maximum(K.diagonal(), TINY)
     beta, scores = np.ones(len(K)), np.zeros(len(K))
+    rest = pull - K @ beta
     top = max(float(np.abs(pull).max(initial=0.0)), TINY)
     given = np.zeros(len(K))
     for strength in np.geomspace(1e-4 * top, top, PATH):
         for _ in range(SWEEPS):
-            _sweep(beta, K, pull, curvature, strength)
+            if _sweep(beta, rest, K, curvature, strength) < STILL:
+                break
         left = beta != 0
         given[left] = np.abs(beta[left]) * np.sqrt(curvature[left])
         scores[left] = strength
     return np.asarray(scores * (1 + 0.01 * given / max(given.max(initial=0.0), TINY)))
 
 
-def _sweep(beta: Floats, K: Floats, pull: Floats, curvature: Floats, strength: float) -> None:
-    for c in range(len(beta)):
-        toward = pull[c] - K[c] @ beta + curvature[c] * beta[c]
-        beta[c] = np.sign(toward) * max(abs(toward) - strength, 0.0) / curvature[c]
+def _sweep(beta: Floats, rest: Floats, K: Floats, curvature: Floats, strength: float) -> float:
+    """A round of coordinate descent; rest = K (1 − β) goes with it. Returns the largest change."""
+    moved = 0.0
+    for c, before in enumerate(beta):
+        toward = rest[c] + curvature[c] * before
+        size = max(abs(toward) - strength, 0.0) / curvature[c]
+        step = math.copysign(size, toward) - before
+        if step:
+            beta[c] += step
+            rest -= step * K[c]
+            moved = max(moved, abs(step))
+    return moved
 
 
 def products(consumers: Sequence[Consumer]) -> Floats:
