@@ -153,6 +153,7 @@ def temporary(found: Outcome) -> list[str]:
 @contextmanager
 def serving() -> Iterator[Server]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # files of Python are no changes of a command
     pipe = subprocess.PIPE
     command = [sys.executable, __file__]
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
