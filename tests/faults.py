@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onnxc.files import OURS
+from onnxc.files import OURS, sweep
 from onnxc.graph import load, to_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +118,11 @@ class Bench:
         """One of COMMANDS, over an old file."""
         arguments = (*COMMANDS[name], "-o", OUTPUT, "--quiet")
         return self.run(*arguments, output=OUTPUT, **fault)
+
+    def sweep(self) -> None:
+        """Remove what a killed run has left, so that the next one makes the same changes again."""
+        for name in ("work", "temporary"):
+            sweep(self.folder / name)
 
     def prepare(self, name: str) -> None:
         """Write what a command reads."""
