@@ -12,10 +12,13 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -26,6 +29,8 @@ from onnxc.errors import OnnxcError, why
 
 GOOD, MISSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 GRACE = 1.0  # seconds to clean up in
+AGAIN = 0.05  # seconds after which a signal that came while files are removed is sent once more
+CLEANING = {weakref.finalize.__call__.__code__, TemporaryDirectory.cleanup.__code__}
 LEAST = 256_000_000  # bytes of address space, below which libraries end the process as they load
 NO_MEMORY = "Error: there is not enough memory; try --max-memory or --samples, or allow more"
 STOPPED = "Interrupted; no partial file was left."
@@ -81,6 +86,11 @@ def stoppable(signals: Iterable[int]) -> Iterator[None]:
     received: list[tuple[int, float]] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if _is_cleaning(frame):  # what is half removed would stay
+            again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+            again.daemon = True  # where the run has ended until then, it has
+            again.start()
+            return
         now = time.monotonic()
         if not received or now - received[-1][1] > GRACE:
             received.append((number, now))
@@ -92,6 +102,13 @@ def stoppable(signals: Iterable[int]) -> Iterator[None]:
     finally:
         if received:  # whatever libraries made of the exception on its way
             sys.exit(_say(STOPPED, 128 + received[0][0]))
+
+
+def _is_cleaning(frame: FrameType | None) -> bool:
+    """Whether temporary files are being removed."""
+    while frame is not None and frame.f_code not in CLEANING:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _handle(handlers: Mapping[int, Any]) -> None:
