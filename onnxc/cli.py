@@ -88,7 +88,7 @@ def stoppable(signals: Iterable[int]) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         if _is_cleaning(frame):  # what is half removed would stay
             again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
-            again.daemon = True  # where the run has ended until then, it has
+            again.daemon = True  # a run that has ended by then needs no stop
             again.start()
             return
         now = time.monotonic()

@@ -23,11 +23,13 @@ _BITS = {  # of types that are packed
 
 
 def dtype(number: int) -> np.dtype[Any]:
-    """The NumPy type of a type of ONNX. Raises ValueError for a number that is none."""
+    """The NumPy type of a type of ONNX. Raises ValueError for texts, and for what is no type."""
     try:
         found: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(number)
     except KeyError as error:
         raise ValueError(f"no type of elements has the number {number}") from error
+    if found.hasobject:
+        raise ValueError("texts have no fixed size")
     return found
 
 

@@ -70,7 +70,9 @@ def refuse(model: ModelProto) -> None:
     counts = Counter((f.domain, f.name, f.overload) for f in model.functions)
     for (domain, name, _), count in counts.items():
         if count > 1:  # one of them would be taken, by chance
-            raise ModelError(f"there are {count} local functions {domain}.{name}")
+            raise ModelError(
+                f"there are {count} local functions {domain}.{name}; give each its own name"
+            )
     for _, graph in graphs(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             _refuse_type(value)

@@ -91,8 +91,6 @@ def stored_bytes(tensor: onnx.TensorProto) -> int:
     """
     try:
         kind = elements.dtype(tensor.data_type)
-        if kind.hasobject:
-            raise ValueError("texts are of any size")
     except ValueError as error:
         raise ModelError(
             f"initializer {tensor.name!r} is damaged: its type {tensor.data_type} has no fixed size"
@@ -142,10 +140,10 @@ def to_tensor(name: str, values: Values) -> onnx.TensorProto:
     return tensor
 
 
-def pieces(values: Values) -> Iterator[bytes]:
+def pieces(values: Values) -> Iterator[bytes | memoryview]:
     """The bytes in a file, a few at a time. Raises ModelError when they cannot be read."""
     if not isinstance(values, ExternalValues):
-        yield elements.packed(values).tobytes()
+        yield elements.packed(values).data
         return
     try:
         with values.path.open("rb") as file:
@@ -157,11 +155,8 @@ def pieces(values: Values) -> Iterator[bytes]:
 
 
 def write(values: Values, file: BinaryIO) -> None:
-    """The same into a file, of an array without a second copy."""
-    if isinstance(values, ExternalValues):
-        file.writelines(pieces(values))
-    else:
-        file.write(elements.packed(values).data)
+    """The same into a file."""
+    file.writelines(pieces(values))
 
 
 def size(values: Values) -> int:

@@ -141,11 +141,10 @@ OPTIONS = {  # what the commands above leave out, a run each
 
 def _with(options: str, command: Command) -> Command:
     """The command with more words, one budget among them, and a name that tells them."""
-    usual = (
-        command.arguments.replace(BUDGET, "") if options.startswith(BUDGETS) else command.arguments
-    )
-    more = f"{usual} {options}"
-    return replace(command, name=f"{command.name} {options}", arguments=more)
+    usual = command.arguments
+    if options.startswith(BUDGETS):
+        usual = usual.replace(BUDGET, "")
+    return replace(command, name=f"{command.name} {options}", arguments=f"{usual} {options}")
 
 
 VARIANTS = tuple(_with(words, COMMANDS[name]) for name in OPTIONS for words in OPTIONS[name])

@@ -115,14 +115,14 @@ class Bench:
         return self.server.run(Case(str(self.folder), list(arguments), **fault))
 
     def command(self, name: str, **fault: Any) -> Outcome:
-        """One of COMMANDS, over an old file."""
+        """One of COMMANDS, over an old file.
+
+        What a killed one has left is removed before a fault, so that its changes are counted alike.
+        """
+        for place in ("work", "temporary") if fault else ():
+            sweep(self.folder / place)
         arguments = (*COMMANDS[name], "-o", OUTPUT, "--quiet")
         return self.run(*arguments, output=OUTPUT, **fault)
-
-    def sweep(self) -> None:
-        """Remove what a killed run has left, so that the next one makes the same changes again."""
-        for name in ("work", "temporary"):
-            sweep(self.folder / name)
 
     def prepare(self, name: str) -> None:
         """Write what a command reads."""

@@ -52,6 +52,11 @@ def test_numbers_that_are_no_type(number: int) -> None:
         elements.dtype(number)
 
 
+def test_texts_have_no_size() -> None:
+    with pytest.raises(ValueError, match="no fixed size"):
+        elements.dtype(TensorProto.STRING)
+
+
 def test_values_of_another_order_of_bytes() -> None:
     swapped = np.arange(4, dtype=">f4")
     assert elements.packed(swapped).tobytes() == swapped.astype("<f4").tobytes()

@@ -65,7 +65,6 @@ def test_killed_at_any_change_of_a_file(name: str, bench: Bench) -> None:
     assert temporary(whole) == []
     most = 0
     for at in moments(whole.changes):
-        bench.sweep()
         found = bench.command(name, kill_at=at)
         assert found.code == 137, found
         assert found.digest in whole_files(name, whole), found

@@ -104,3 +104,38 @@ def test_a_signal_while_the_file_is_written(tmp_path: Path, number: int) -> None
     assert code == 128 + number
     assert errors == "Interrupted; no partial file was left.\n"
     assert left_in(tmp_path) == []
+
+
+REMOVING = """
+import os, signal, sys, time, weakref
+from onnxc.cli import stoppable
+
+def remove(number):
+    os.kill(os.getpid(), number)
+    print("removed", flush=True)
+
+class Folder:
+    pass
+
+number = int(sys.argv[1])
+with stoppable([number]):
+    folder = Folder()
+    weakref.finalize(folder, remove, number)
+    del folder
+    time.sleep(30)
+    print("went on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_files_are_removed_waits_until_they_are(number: int) -> None:
+    """A finalizer would swallow it, half way."""
+    done = subprocess.run(
+        [sys.executable, "-c", REMOVING, str(int(number))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout) == (128 + number, "removed\n")
+    assert done.stderr == "Interrupted; no partial file was left.\n"

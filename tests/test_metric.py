@@ -168,5 +168,6 @@ def test_more_samples_of_the_original_narrow_the_interval(parse: Parse, tmp_path
 
 def test_an_output_without_an_axis_of_samples_counts_for_all() -> None:
     y, state = np.ones((3, 4), np.float32), np.ones((2, 3, 5), np.float32)
-    found = _noise({"y": y, "s": state}, {"y": y, "s": 1.1 * state}, None, {"x": y})
+    feed, axes = {"s": state, "x": y}, {"s": 1, "x": 0}
+    found = _noise({"y": y, "s": state}, {"y": y, "s": 1.1 * state}, None, feed, axes)
     np.testing.assert_allclose(found, [0.5] * 3, rtol=1e-5)

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from calib.callables import imported, own_code
 from calib.data import Dataset
-from calib.inputs import sample_axes
+from calib.inputs import Axes, sample_axes
 from onnxc.anytime.tallies import Array, Decided, Drops, Estimate, Outputs, Scored, Tally
 from onnxc.errors import DataError, OptionError
 from onnxc.fidelity import class_scores, has_classes, next_tokens, surprise
@@ -58,11 +59,12 @@ class Metric:
     def unit(self) -> str:
         return UNITS.get(self.name, f"of {self.name}")
 
-    def tally(self) -> Tally:
+    def tally(self, axes: Axes) -> Tally:
+        """Of an empty set of samples. axes: of the samples, by input."""
         if self.score is not None:
             return Scored(self.score)
         if self.name == "sqnr":
-            return Drops(_noise)
+            return Drops(partial(_noise, axes=axes))
         if self.name == "perplexity":
             return Drops(self._surprise, _growth)
         return Decided(self.output, self.name == "top1", self.T, self.known)
@@ -89,10 +91,10 @@ def estimated(
 
     Raises ModelError where a model does not run.
     """
-    tally, labels, done, due = metric.tally(), samples.labels, 0, FIRST
     axes = sample_axes(samples.inputs)
+    tally, labels, done, due = metric.tally(axes), samples.labels, 0, FIRST
     for feed, ref, out in Pairing(original, candidate, samples, runtime, BATCH).outputs():
-        count = next((feed[n].shape[a] for n, a in axes.items() if a is not None), 1)
+        count = _count(feed, axes)
         tally.update(ref, out, None if labels is None else labels[done : done + count], feed)
         done += count
         if bound is not None and done >= due:
@@ -171,12 +173,17 @@ def _scores(original: Subject, samples: Dataset, runtime: Runtime) -> Scores | N
     return Scores(name, np.concatenate(rows), flat, is_text)
 
 
-def _noise(ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs) -> Array:
+def _count(feed: Outputs, axes: Axes) -> int:
+    """Samples in a batch."""
+    return next((int(np.shape(feed[n])[a]) for n, a in axes.items() if a is not None), 1)
+
+
+def _noise(ref: Outputs, out: Outputs, labels: Array | None, feed: Outputs, axes: Axes) -> Array:
     """Noise of each sample in percent of the power of its outputs, the mean over outputs.
 
     An output whose first axis is not that of the samples, such as a state, counts for all alike.
     """
-    shares, n = [], next((len(x) for x in feed.values() if np.ndim(x)), 1)
+    shares, n = [], _count(feed, axes)
     for name, y in ref.items():
         if not isinstance(y, np.ndarray) or y.dtype.kind != "f":
             continue

@@ -126,9 +126,9 @@ def _kind(tensor: onnx.TensorProto) -> Kind:
     rows = tensor.dims[0] if len(tensor.dims) > 1 and tensor.dims[0] > 0 else 1
     try:
         kind = elements.dtype(tensor.data_type)
-    except ValueError:  # a type of the future
+    except ValueError:  # a type of the future, or texts
         return Kind(channels=rows)
-    width = 0 if kind.hasobject else elements.bits(kind) // 8
+    width = elements.bits(kind) // 8
     return Kind(width, elements.is_float(kind), rows) if width in WIDTHS else Kind(channels=rows)
 
 
