@@ -181,6 +181,26 @@ def test_lasso_drops_one_of_two_copies_before_what_is_alone() -> None:
     assert np.argmin(criteria.lasso([part])) == 3
 
 
+def test_lasso_leaves_where_its_minimum_does() -> None:
+    """Beside proximal gradients, which solve each λ by itself, on classes that are correlated."""
+    part, _ = consumer(8, 2, seed=4)
+    K = criteria.products([part])
+    step, top = 1 / np.linalg.eigvalsh(K)[-1], np.abs(K.sum(axis=1)).max()
+    leaves = np.zeros(8)
+    for strength in np.geomspace(1e-4 * top, top, criteria.PATH):
+        beta = np.ones(8)
+        for _ in range(2000):
+            toward = beta + step * (K @ (1 - beta))
+            beta = np.sign(toward) * np.maximum(np.abs(toward) - step * strength, 0)
+        leaves[beta != 0] = strength
+    assert len(set(leaves)) > 3
+    rung = 1e4 ** (
+        1 / (criteria.PATH - 1)
+    )  # of the ladder of λ; on the last one β goes on shrinking
+    away = np.log(criteria.lasso([part]) / leaves) / np.log(rung)
+    assert np.abs(away).max() < 1.1
+
+
 def chain(seed: int, groups: int, classes: int) -> tuple[list[Curve], Cost]:
     """Convex curves of a chain of layers, whose costs are products of neighbours' shares."""
     rng = np.random.default_rng(seed)
