@@ -126,16 +126,15 @@ def interface(graph: gs.Graph) -> tuple[str, ...]:
     """Inputs and outputs in order, a line each: side, name, type, shape with its symbols."""
     sides = (("input", graph.inputs), ("output", graph.outputs))
     return tuple(
-        f"{side} {t.name!r} {_type_name(t)}{_shape_text(t)}"
+        f"{side} {t.name!r} {_type_name(t.dtype)}{_shape_text(t)}"
         for side, tensors in sides
         for t in tensors
     )
 
 
-def _type_name(tensor: gs.Tensor) -> str:
-    if tensor.dtype is None:
+def _type_name(kind: Any) -> str:
+    if kind is None:
         return "untyped"
-    kind = tensor.dtype
     name = onnx.TensorProto.DataType.Name(kind) if isinstance(kind, int) else np.dtype(kind).name
     return str(name)
 
@@ -145,7 +144,8 @@ def _shape_text(tensor: gs.Tensor) -> str:
 
 
 def _precision(graph: gs.Graph) -> str:
-    kinds = {_type_name(t) for inner in walk(graph) for t in inner.tensors().values()}
+    found = {t.dtype for inner in walk(graph) for t in inner.tensors().values()}
+    kinds = set(map(_type_name, found))
     return "float16" if kinds & {"float16", "FLOAT16", "bfloat16", "BFLOAT16"} else "float32"
 
 

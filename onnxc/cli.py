@@ -33,6 +33,7 @@ AGAIN = 0.05  # seconds after which a signal that came while files are removed i
 CLEANING = {weakref.finalize.__call__.__code__, TemporaryDirectory.cleanup.__code__}
 LEAST = 256_000_000  # bytes of address space, below which libraries end the process as they load
 NO_MEMORY = "Error: there is not enough memory; try --max-memory or --samples, or allow more"
+NO_THREAD = "Error: the system gives no further thread; allow more memory (ulimit -v) or more (-u)"
 STOPPED = "Interrupted; no partial file was left."
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -138,6 +139,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return GOOD
     except _of_memory():
         return _say(NO_MEMORY, BAD_INPUT)
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
+        return _say(NO_THREAD, BAD_INPUT)
     except (OnnxcError, OSError) as error:
         return _say(f"Error: {_text(error)}", BAD_INPUT)
     return result if isinstance(result, int) else GOOD

@@ -155,12 +155,18 @@ def tidy(graph: gs.Graph) -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """For making many objects that stay: the collector would walk them again and again."""
+    """For making many objects that stay: the collector would walk them again and again.
+
+    In the end they join the oldest ones, which it looks at when there are many more.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if not gc.get_freeze_count():  # else somebody keeps objects from the collector
+            gc.freeze()
+            gc.unfreeze()
         if was_on:
             gc.enable()
 

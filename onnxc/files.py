@@ -97,18 +97,25 @@ def alone(path: str | Path, wait: bool = True) -> Iterator[None]:
     target = Path(path)
     place = _beside(target, f"{zlib.crc32(target.name.encode()):08x}")
     try:
-        file = _sole(place, wait)
+        with _sole_writer(target, place, wait):
+            try:
+                yield
+            finally:
+                place.unlink(missing_ok=True)
+    finally:  # where an interruption came before its end
+        with suppress(OSError):
+            _remove(place, is_of_here=True)
+
+
+def _sole_writer(target: Path, place: Path, wait: bool) -> BinaryIO:
+    try:
+        return _sole(place, wait)
     except BlockingIOError as error:
         raise OptionError(
             f"another run writes {target}: wait for its end, or give another output"
         ) from error
     except OSError as error:
         raise OptionError(_sentence(target, error)) from error
-    with file:
-        try:
-            yield
-        finally:
-            place.unlink(missing_ok=True)
 
 
 def link(source: Path, target: Path) -> None:

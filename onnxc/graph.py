@@ -7,7 +7,6 @@ its documentation in an envelope (`onnxc.envelope`). Passes edit `model.graph` w
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,6 @@ import google.protobuf.message
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxc import envelope, normal, weights, wire
@@ -50,6 +48,7 @@ from onnxc.edit import (
 from onnxc.elements import is_float
 from onnxc.envelope import Envelope
 from onnxc.errors import ModelError
+from onnxc.export import exported
 from onnxc.files import TemporaryFolder, alone, link, replacing
 from onnxc.storage.package import plain
 
@@ -215,24 +214,20 @@ def skeleton(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
     In their place are external references that lead nowhere, with the right type and shape: small
     enough for shape inference whatever the model weighs.
     """
-    graph = model.graph
-    held: list[weights.Values] = []
-    opsets = _opset_imports(graph)
-    with _stubs(graph, held), uncollected():
-        proto = gs.export_onnx(graph, do_type_check=False, opset_imports=opsets)
-    _share_constants(graph, proto.graph)
-    envelope.restore(proto, model.envelope)
-    proto.ir_version = max(graph.ir_version or 0, normal.least_ir_version(proto))
-    return proto, held
+    return _exported(model, None)
 
 
 def as_declared(model: Model) -> tuple[onnx.ModelProto, list[weights.Values]]:
     """A skeleton that tells no more of the tensors inside it than the file did."""
-    proto, held = skeleton(model)
-    for _, graph in normal.graphs(proto.graph):
-        kept = [value for value in graph.value_info if value.name in model.declared]
-        del graph.value_info[:]
-        graph.value_info.extend(kept)
+    return _exported(model, model.declared)
+
+
+def _exported(
+    model: Model, typed: frozenset[str] | None
+) -> tuple[onnx.ModelProto, list[weights.Values]]:
+    proto, held = exported(model.graph, typed)
+    envelope.restore(proto, model.envelope)
+    proto.ir_version = max(model.graph.ir_version or 0, normal.least_ir_version(proto))
     return proto, held
 
 
@@ -369,51 +364,3 @@ def _open(
         inner.opset, inner.import_domains = standard, domains
     weights.attach(constants(graph), held)
     return Model(graph, kept, base, notes)
-
-
-@contextmanager
-def _stubs(graph: gs.Graph, held: list[weights.Values]) -> Iterator[None]:
-    """While open, each constant shows a protobuf of its own: whole if small, else a stub."""
-    before = [(tensor, tensor._values) for tensor in (*constants(graph), *attributes(graph))]
-    try:
-        for tensor, data in before:
-            if isinstance(data, np.ndarray | weights.ExternalValues):
-                tensor._values = LazyValues(weights.stub(tensor.name, data, held))
-        yield
-    finally:
-        for tensor, data in before:
-            tensor._values = data
-
-
-def _opset_imports(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
-    """Versions of all domains in use, as copies; a domain that a pass brought in gets version 1."""
-    versions = {o.domain: o.version for o in graph.import_domains or ()}
-    used = {node.domain or "" for inner in walk(graph) for node in inner.nodes}
-    if "" in used or "" in versions:
-        versions[""] = graph.opset
-    for domain in sorted(used - versions.keys()):
-        versions[domain] = 1
-    return [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
-
-
-def _share_constants(graph: gs.Graph, proto: onnx.GraphProto) -> None:
-    """Store what several graphs read once, in the outermost; gs would repeat it in each."""
-    readers: Counter[int] = Counter()
-    names: dict[int, str] = {}
-    for inner in walk(graph):
-        here = {id(t): t.name for t in reads(inner) if isinstance(t, gs.Constant)}
-        readers.update(here.keys())
-        names.update(here)
-    owners = Counter(names.values())
-    shared = {names[i] for i, count in readers.items() if count > 1 and owners[names[i]] == 1}
-    if not shared:
-        return
-    outermost = {tensor.name for tensor in proto.initializer}
-    for _, body in normal.graphs(proto):
-        if body is proto:
-            continue
-        for tensor in body.initializer:
-            if tensor.name in shared - outermost:
-                proto.initializer.add().CopyFrom(tensor)
-                outermost.add(tensor.name)
-        normal.assign(body.initializer, [t for t in body.initializer if t.name not in shared])

@@ -300,10 +300,13 @@ def _rename(graph: GraphProto, names: dict[str, str]) -> None:
 
 def nested_reads(node: NodeProto) -> set[str]:
     """Names that a node reads, with all that its bodies mention."""
-    inner = [g for a in node.attribute if a.HasField("g") for _, g in graphs(a.g)]
-    names = {name for g in inner for n in g.node for name in n.input}
-    names.update(node.input, (value.name for g in inner for value in g.output))
-    return names - {""}
+    names = set(node.input)
+    for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+        for _, inner in graphs(body):
+            names.update(name for n in inner.node for name in n.input)
+            names.update(value.name for value in inner.output)
+    names.discard("")
+    return names
 
 
 def _sort(graph: GraphProto) -> None:

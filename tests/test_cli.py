@@ -305,6 +305,7 @@ def test_interruption(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     [
         (OSError(28, "No space left on device", "out.onnx"), "out.onnx: No space"),
         (MemoryError(), "memory"),
+        (RuntimeError("can't start new thread"), "no further thread"),
     ],
 )
 def test_what_the_system_refuses(

@@ -219,6 +219,25 @@ def test_what_a_killed_run_claimed_is_free(tmp_path: Path) -> None:
 
 
 @needs_locks
+def test_what_is_interrupted_before_its_claim_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, calls = files.fcntl.flock, []
+
+    def interrupted(*given: int) -> None:
+        calls.append(given)
+        if len(calls) == 1:
+            assert len(list(tmp_path.iterdir())) == 1
+            raise KeyboardInterrupt
+        lock(*given)
+
+    monkeypatch.setattr(files.fcntl, "flock", interrupted)
+    with pytest.raises(KeyboardInterrupt), alone(tmp_path / "out.onnx"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_locks
 def test_without_locks_nobody_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

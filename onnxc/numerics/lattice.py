@@ -24,6 +24,7 @@ Array = NDArray[Any]
 
 CLOSE = 2.0**-22  # of q, how far w / s may be from it: w and p are rounded to float32
 FIRST = 16  # weights of a channel that tell most channels that lie on no integers
+CHUNK = 1 << 14  # products of weights and multiples that are looked at in one step
 FEW = 16  # blocks that tell most weights that lie on no integers
 STEPS = (0, 1, -1, 2, -2)  # float32 numbers around p / k
 
@@ -78,12 +79,15 @@ def block_scales(rows: Array, low: int, high: int) -> Array | None:
 
 def _multiples(x: Array, most: int) -> Array:
     """The least k of each row for which k x are integers, (n,); 0 where there is none."""
-    k, left = np.zeros(len(x), np.int64), np.arange(len(x))
-    for n in range(1, most + 1):
-        is_found = _is_whole(n * x[left]).all(axis=1)
-        k[left[is_found]] = n
+    found, left = np.zeros(len(x), np.int64), np.arange(len(x))
+    step = max(1, CHUNK // max(1, x.size))
+    for first in range(1, most + 1, step):
+        k = np.arange(first, min(first + step, most + 1))
+        is_whole = np.all(_is_whole(k[:, None] * x[left][:, None]), axis=2)
+        is_found = np.any(is_whole, axis=1)
+        found[left[is_found]] = k[np.argmax(is_whole[is_found], axis=1)]
         left = left[~is_found]
-    return k
+    return found
 
 
 def _exact_rows(rows: Array, scales: Array) -> Array:
