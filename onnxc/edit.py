@@ -22,6 +22,8 @@ from onnx_graphsurgeon.util.misc import SynchronizedList
 
 from onnxc import weights
 
+MANY = 200_000  # objects, of a graph with some 20,000 nodes, which the collector walks for long
+
 _Insertions = Mapping[str, Sequence[gs.Node]]
 
 
@@ -157,14 +159,15 @@ def tidy(graph: gs.Graph) -> None:
 def uncollected() -> Iterator[None]:
     """For making many objects that stay: the collector would walk them again and again.
 
-    In the end they join the oldest ones, which it looks at when there are many more.
+    Where they are very many, they join the oldest ones in the end, and are not even walked once.
     """
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # else somebody keeps objects from the collector
+        is_frozen = gc.get_freeze_count() > 0  # somebody keeps objects from the collector
+        if gc.get_count()[0] > MANY and not is_frozen:
             gc.freeze()
             gc.unfreeze()
         if was_on:
@@ -190,11 +193,7 @@ def _clone(graph: gs.Graph, seen: dict[int, gs.Tensor]) -> gs.Graph:
     )
     made.inputs = [_twin(tensor, seen) for tensor in graph.inputs]
     made.outputs = [_twin(tensor, seen) for tensor in graph.outputs]
-    for node in graph.nodes:
-        attributes = {name: _copied(value, seen) for name, value in node.attrs.items()}
-        inputs = [_twin(tensor, seen) for tensor in node.inputs]
-        outputs = [_twin(tensor, seen) for tensor in node.outputs]
-        made.nodes.append(gs.Node(node.op, node.name, attributes, inputs, outputs, node.domain))
+    made.nodes = [_twin_node(node, seen) for node in graph.nodes]
     return made
 
 
@@ -347,6 +346,16 @@ def _twin(tensor: gs.Tensor, seen: dict[int, gs.Tensor]) -> gs.Tensor:
         held = made.__dict__.get("_values")
         if isinstance(held, np.ndarray):
             held.flags.writeable = False
+    return made
+
+
+def _twin_node(node: gs.Node, seen: dict[int, gs.Tensor]) -> gs.Node:
+    made = object.__new__(gs.Node)  # what its constructor checks was checked before
+    made.__dict__.update(node.__dict__)
+    made.__dict__["attrs"] = {name: _copied(value, seen) for name, value in node.attrs.items()}
+    for side, other in (("inputs", "outputs"), ("outputs", "inputs")):
+        twins = [_twin(tensor, seen) for tensor in node.__dict__[side]]
+        made.__dict__[side] = SynchronizedList(made, field_name=other, initial=twins)
     return made
 
 

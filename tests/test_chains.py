@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,16 @@ from onnx import NodeProto, TensorProto, helper
 from texts import context
 
 from onnxc import edit
-from onnxc.edit import clone, first_of, gathering, insert, replace_uses, store, walk
+from onnxc.edit import (
+    clone,
+    first_of,
+    gathering,
+    insert,
+    replace_uses,
+    store,
+    uncollected,
+    walk,
+)
 from onnxc.graph import Model, load, save, to_bytes
 from onnxc.pipeline import Step, apply_pass, prepare
 from passes.quantize_weights import QuantizeWeights
@@ -204,3 +214,14 @@ def test_values_that_a_clone_shares_cannot_be_written() -> None:
     clone(graph)
     with pytest.raises(ValueError, match="read-only"):
         held.values[0] = 1
+
+
+@pytest.mark.parametrize("count", [100, 40_000])
+def test_many_new_objects_are_not_walked_by_the_collector(count: int) -> None:
+    """Each would be three times, on its way to the oldest ones."""
+    gc.collect()
+    with uncollected():
+        made = [[index] for index in range(7 * count)]
+    young = {id(each) for generation in (0, 1) for each in gc.get_objects(generation)}
+    assert bool(young & set(map(id, made))) == (count == 100)
+    assert gc.isenabled() and not gc.get_freeze_count()
