@@ -122,8 +122,11 @@ class Synthetic:
         self.notes = [f"the input is synthesized (seed {seed}), not data: {dims}"]
         self.skipped: dict[int, str] = {}
         self.axes = sample_axes(inputs)
-        stacks = [shapes[name][axis] for name, axis in self.axes.items() if axis is not None]
-        self.rows = max(stacks, default=1)
+        stacks = {name: shapes[name][axis] for name, axis in self.axes.items() if axis is not None}
+        bare = next((name for name, rows in stacks.items() if not rows), None)
+        if bare is not None:
+            raise DataError(f"input {bare!r} has no rows, {list(shapes[bare])}: nothing can be run")
+        self.rows = max(stacks.values(), default=1)
 
     def __len__(self) -> int:
         return self._count

@@ -164,6 +164,12 @@ def compare(
     notes = [
         f"output {n!r} is not a tensor of one shape and is not compared" for n in sorted(skipped)
     ]
+    notes += [
+        f"{t.undefined / t.elements:.1%} of output {n!r} of the original are NaN and not compared: "
+        f"check the preprocessing and the weights"
+        for n, t in tallies.items()
+        if t.undefined
+    ]
     agreement = next((f.agreement for f in fidelities.values() if f.agreement is not None), None)
     top1, top5, perplexity = scores.result()
     return Comparison(
@@ -237,6 +243,7 @@ class _Tally:
     agreed: int = 0
     positions: int = 0
     elements: int = 0
+    undefined: int = 0
 
     def update(self, ref: Array, out: Array, one_label: bool) -> None:
         self.elements += ref.size
@@ -246,6 +253,7 @@ class _Tally:
             self._add(*pieces)
 
     def _add(self, r: Array, o: Array) -> None:
+        self.undefined += int(np.isnan(r).sum())
         usable = np.isfinite(r) & ~((r == o) & np.isinf(r))
         r, o = r[usable], o[usable]
         error = np.abs(r - o)

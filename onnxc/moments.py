@@ -67,7 +67,7 @@ def matrix(node: gs.Node, weight: Array) -> Array:
     row = knowledge(node)
     assert row.window is not None and row.out_axis is not None
     groups = row.window(node).groups
-    parts = weight.reshape(groups, weight.shape[0] // groups, -1)
+    parts = weight.reshape(groups, weight.shape[0] // groups, math.prod(weight.shape[1:]))
     return np.asarray(parts if row.out_axis(node) == 0 else parts.transpose(0, 2, 1))
 
 

@@ -161,6 +161,19 @@ def test_equal_models_are_at_the_cap() -> None:
     assert (result.decisions, result.flips, result.change_interval) == (0, None, None)
 
 
+def test_outputs_that_are_no_numbers_are_told() -> None:
+    """They are left out of what is compared, which would look as if all were well."""
+    proto = bind("g (float[N,4] x) => (float[N,4] y, float[N,4] z) { y = Sqrt (x) z = Neg (x) }")
+    data = proto.SerializeToString()
+    x = np.array([[1, -1, 4, 9], [1, 4, 9, 16]], np.float32)
+    result = compare(data, data, open_data({"x": x}, SPEC))
+    assert result.notes == (
+        "12.5% of output 'y' of the original are NaN and not compared: "
+        "check the preprocessing and the weights",
+    )
+    assert result.outputs["y"].sqnr == SQNR_CAP
+
+
 def test_language_model_is_judged_by_its_next_token() -> None:
     text = "g (int64[N,T] t, float[9,9] E) => (float[N,T,9] y) { y = Gather (E, t) }"
     E, tokens = normal(9, 9), np.random.default_rng(0).integers(0, 9, (6, 5))

@@ -495,6 +495,8 @@ def test_what_cannot_be_made_up_is_refused() -> None:
         synthesize([spec("s", object, 1)], 1)
     with pytest.raises(DataError, match="any shape"):
         synthesize([InputSpec("x", np.dtype("f4"), None)], 1)
+    with pytest.raises(DataError, match=r"'x' has no rows, \[0, 3\]: nothing can be run"):
+        synthesize([spec("x", "f4", 0, 3)], 1)
     with pytest.raises(OptionError, match=r"expects float32 \[N, 3\]"):
         synthesize([X], 1, shapes={"x": (1, 4)})
     with pytest.raises(OptionError, match="inputs are x"):
