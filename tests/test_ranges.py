@@ -57,7 +57,7 @@ def sample(kind: str, size: int = 50_000) -> Array:
 KINDS = ["normal", "laplace", "skewed", "relu", "relu6", "negative", "outlier"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(x=VALUES, symmetric=st.booleans(), bits=st.sampled_from([4, 8, 16]))
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_range_holds_zero_and_stays_within_the_data(

@@ -54,7 +54,10 @@ def test_the_console_says_what_zeros_are_good_for(capsys: Any) -> None:
     assert "integer kernels" not in words
 
 
-@pytest.mark.parametrize("extra", [["--sparsity", 0.4], ["--nm", "2:4", "--exclude", "op:Gemm"]])
+PATTERN = pytest.param(["--nm", "2:4", "--exclude", "op:Gemm"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("extra", [["--sparsity", 0.4], PATTERN])
 def test_the_recipe_of_a_report_replays_it_byte_for_byte(extra: list[Any], capsys: Any) -> None:
     found = report_of(capsys, *ARGUMENTS, "-o", "1.onnx", *extra)
     Path("r.toml").write_text(found["recipe"])
