@@ -1,8 +1,8 @@
 """The border: the only place where a model becomes a graph of the graph library, and back.
 
 A model is loaded once into normal form (`onnxc.normal`), its weights beside it (`onnxc.weights`),
-its documentation in an envelope (`onnxc.envelope`). Passes edit `model.graph` with the verbs of
-`onnxc.edit`, which this module offers too.
+its documentation in an envelope (`onnxc.envelope`); `onnxc.export` writes the graph again. Passes
+edit `model.graph` with the verbs of `onnxc.edit`, which this module offers too.
 """
 
 from __future__ import annotations
