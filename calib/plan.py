@@ -10,8 +10,9 @@ r being the rows of layers that wait to be multiplied.
 * **Segments**: where that exceeds the bound for b = 1, the taps are split into groups, each with a
   session of its own on the part of the model that its taps need; the data is read once a segment.
   Where the bound cannot be met, segments no smaller than l are used: less would gain little.
-* **Blocks**: where the moments take more than half of what weights and one run leave, those of the
-  widest layers are kept in blocks on the diagonal, halved until all fit.
+* **Blocks**: of layers with more than WIDEST inputs only blocks on the diagonal of the moments are
+  kept; where the moments take more than half of what weights and one run leave, those of the widest
+  layers are halved until all fit.
 * **Parts**: the samples are cut into a few parts; each part's statistics are gathered alone and
   merged in order. Parts depend on the number of samples and the batch, not on who gathers them, so
   one process and many workers add the same numbers in the same order: equal to the last bit.
@@ -34,6 +35,7 @@ from calib.data import Dataset
 from calib.inputs import fixed_batch
 from calib.observers import BINS
 from onnxc.core import Key
+from onnxc.moments import BLOCK, WIDEST
 from onnxc.numerics.patches import Window, length
 
 MIB = 1 << 20
@@ -149,8 +151,8 @@ def blocks_within(keys: Iterable[Key], layouts: Layouts, room: int) -> dict[Key,
     """Columns of the blocks of the layers whose moments are too wide to be kept whole."""
     sized = [key for key in keys if key.what == "moments" and key.name in layouts]
     columns = {key: length(layouts[key.name].shape, *_cut(key)) for key in sized}
-    bytes_of = {key: held_bytes(key, layouts) for key in sized}
-    blocks: dict[Key, int] = {}
+    blocks = {key: BLOCK for key in sized if _is_too_wide(key, columns[key])}
+    bytes_of = {key: held_bytes(key, layouts, blocks.get(key)) for key in sized}
     while sum(bytes_of.values()) > room:
         wide = [key for key in sized if blocks.get(key, columns[key]) > NARROWEST]
         if not wide:
@@ -159,6 +161,10 @@ def blocks_within(keys: Iterable[Key], layouts: Layouts, room: int) -> dict[Key,
         blocks[widest] = -(-blocks.get(widest, columns[widest]) // 2)
         bytes_of[widest] = held_bytes(widest, layouts, blocks[widest])
     return blocks
+
+
+def _is_too_wide(key: Key, d: int) -> bool:
+    return d > BLOCK and _cut(key)[1].groups * d * d > WIDEST**2
 
 
 def _split(bytes_of: Mapping[str, int], room: int) -> tuple[tuple[str, ...], ...]:
@@ -180,8 +186,8 @@ def _block_notes(blocks: Mapping[Key, int], layouts: Layouts) -> tuple[str, ...]
     key = max(blocks, key=lambda key: length(layouts[key.name].shape, *_cut(key)))
     d = length(layouts[key.name].shape, *_cut(key))
     return (
-        f"moments of {len(blocks)} wide layer(s) are kept in blocks, to stay within the memory "
-        f"asked for: {key.name!r} in blocks of {blocks[key]} of its {d} columns",
+        f"moments of {len(blocks)} wide layer(s) are kept in blocks, for memory: {key.name!r} in "
+        f"blocks of {blocks[key]} of its {d} columns",
     )
 
 

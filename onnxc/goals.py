@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnxc.core import Context, Goal, Key
 from onnxc.graph import captured
-from onnxc.moments import moments_key, why_no_moments
+from onnxc.moments import WIDEST, moments_key, why_no_moments
 from onnxc.ops import (
     QUANTIZERS,
     bounds,
@@ -27,8 +27,6 @@ from onnxc.ops import (
     knowledge,
     weight_of,
 )
-
-WIDEST = 4608  # inputs of a layer, √(groups d²): H takes a few copies of 8 bytes times its square
 
 
 def goal_of(node: gs.Node, graph: gs.Graph, context: Context, sums: bool = True) -> Goal:

@@ -19,6 +19,9 @@ from onnxc.ops import is_constant, knowledge, weight_of
 
 Array = NDArray[Any]
 
+WIDEST = 4608  # columns, √(groups) d, of which H is kept whole: a few copies of 8 bytes times d²
+BLOCK = 1024  # columns of its blocks where there are more
+
 
 def moments_key(node: gs.Node, what: str = "moments") -> Key | None:
     """The key of the moments of a node's input; None where `why_no_moments` says why.

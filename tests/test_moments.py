@@ -171,6 +171,17 @@ def test_memory_decides_the_blocks_and_the_report_says_so() -> None:
     )
 
 
+def test_moments_of_very_wide_layers_are_kept_in_blocks() -> None:
+    d = 4700
+    text = f"g (float[N,{d}] x) => (float[N,1] y) {{ h = Relu (x) y = MatMul (h, W) }}"
+    model = load(bind(text.replace("x)", f"x, float[{d},1] W)", 1), W=normal(d, 1)))
+    data = open_data({"x": normal(3, d)}, [InputSpec("x", np.dtype(np.float32), ("N", d))])
+    key = moments_keys(model.graph).popitem()[1]
+    found = collect(model, [key], data)
+    assert found.stats[key].products.shape == (1, 5, 940, 940)
+    assert any("in blocks of 1024 of its 4700 columns" in note for note in found.notes)
+
+
 def test_statistics_do_not_depend_on_threads() -> None:
     model = load(network())
     keys = [*moments_keys(model.graph).values(), Key("a", "histogram"), Key("t", "mean", 1)]

@@ -11,6 +11,7 @@ from texts import bind, changed, context, normal, outputs, reasons
 
 from calib.collect import collect
 from calib.data import Dataset, InputSpec, open_data
+from calib.moments import MomentsObserver
 from onnxc.bench import Length
 from onnxc.channels.budget import budget
 from onnxc.channels.criteria import CRITERIA, View, rank
@@ -80,6 +81,39 @@ def test_every_criterion_prunes_and_shrinks(criterion: Any) -> None:
     shapes = [tuple(node.inputs[1].shape) for node in model.graph.nodes if node.op == "Conv"]
     assert shapes == [(6, 3, 3, 3), (9, 6, 3, 3)]
     np.testing.assert_allclose(outputs(model, DATA)["y"], before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("has_data", [True, False])
+def test_moments_of_wide_layers_are_never_whole(
+    criterion: Any, has_data: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A convolution over 28,224 inputs took more memory than there was."""
+    for name in ("calib.plan", "onnxc.channels.criteria"):
+        monkeypatch.setattr(f"{name}.WIDEST", 30)
+        monkeypatch.setattr(f"{name}.BLOCK", 20)
+    monkeypatch.setattr(MomentsObserver, "second", property(lambda self: pytest.fail("whole")))
+    model, pass_ = opened(), Prune(ratio=0.25, criterion=criterion)
+    given = with_stats(model, pass_) if has_data else context(model)
+    if has_data:
+        widths = {x.products.shape[1:3] for k, x in given.stats.items() if k.what == "moments"}
+        assert (4, 18) in widths  # of 72 columns
+    pass_.apply(model.graph, given)
+    Shrink().apply(model.graph, context(model))
+    shapes = [tuple(node.inputs[1].shape) for node in model.graph.nodes if node.op == "Conv"]
+    assert shapes == [(6, 3, 3, 3), (9, 6, 3, 3)]
+
+
+def test_blocks_cost_little_of_what_the_update_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = []
+    for block, update in ((1024, True), (36, True), (1024, False)):
+        monkeypatch.setattr("calib.plan.WIDEST", block)
+        monkeypatch.setattr("calib.plan.BLOCK", block)
+        model, pass_ = opened(), Prune(ratio=0.5, update=update)
+        pass_.apply(model.graph, with_stats(model, pass_))
+        errors.append(error(model))
+    whole, halves, none = errors
+    assert whole < halves < 0.9 * none
 
 
 def test_a_twin_goes_first_and_hands_its_weights_over() -> None:

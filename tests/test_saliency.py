@@ -112,10 +112,25 @@ def test_groups_of_a_convolution_share_their_energy() -> None:
     x = np.stack([rows(200, 4, 1), rows(200, 4, 2)])
     H, mu = np.stack([moments(g)[0] for g in x]), np.stack([moments(g)[1] for g in x])
     W = np.random.default_rng(0).normal(size=(2, 3, 4))
-    parts = grouped(W, H, mu, blocks(4, 2))
+    parts = grouped(W, [H], mu, blocks(4, 2))
     found = remove(parts, 4)
     assert [list(map(len, part.columns)) for part in parts] == [[2, 2, 0, 0], [0, 0, 2, 2]]
     assert found.damage[-1] == pytest.approx(1, rel=0.05)  # damping aside: all of the variance
+
+
+def test_moments_in_blocks_are_those_of_independent_columns() -> None:
+    """What blocks leave out is zero here; a class lies across their edge, one in a single block."""
+    x, y = rows(300, 5, 1), rows(300, 7, 2)
+    (H, mu), (K, nu) = moments(x), moments(y)
+    whole, means = np.outer(np.append(mu, nu), np.append(mu, nu)), np.append(mu, nu)[None]
+    whole[:5, :5], whole[5:, 5:] = H, K
+    W, columns = np.random.default_rng(0).normal(size=(1, 3, 12)), blocks(6, 2)
+    apart = remove(grouped(W, [H[None], K[None]], means, columns), 4, damping=1e-12)
+    together = remove(grouped(W, [whole[None]], means, columns), 4, damping=1e-12)
+    np.testing.assert_array_equal(apart.order, together.order)
+    np.testing.assert_allclose(apart.losses, together.losses, rtol=1e-5)
+    np.testing.assert_allclose(np.hstack(apart.W), together.W[0], atol=1e-6)
+    np.testing.assert_allclose(np.sum(apart.shift, axis=0), together.shift[0], atol=1e-6)
 
 
 def test_long_runs_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,11 @@ from onnxc.channels.groups import Group
 from onnxc.channels.readers import Reader, readers
 from onnxc.core import Key
 from onnxc.edit import values
-from onnxc.moments import matrix, moments_key
+from onnxc.moments import BLOCK, WIDEST, matrix, moments_key
 from onnxc.numerics import criteria
-from onnxc.numerics.covariance import centred, shrunk
+from onnxc.numerics.covariance import centred, pieces, powers
 from onnxc.numerics.saliency import Consumer, grouped, remove
+from onnxc.numerics.sparse import quadratic
 from onnxc.ops import knowledge
 
 Array = NDArray[Any]
@@ -82,16 +83,20 @@ class View:
 
     def _consumers(self, reader: Reader) -> Iterable[Consumer]:
         W = reader.matrix()
-        H, mu = self._moments(reader, W)
+        H, mu = self._moments(reader, *W.shape[::2])
         columns = reader.columns(self.group.channels[self.alive])
         return map(_without_zeros, grouped(W, H, mu, columns))
 
-    def _moments(self, reader: Reader, W: Array) -> tuple[Array, Array | None]:
-        """H (g, d, d) of a reader's rows, and their mean where a bias takes it up."""
-        mu, C = covariance(reader, self.stats)
-        if C is None:
-            return np.broadcast_to(np.eye(W.shape[2]), (len(W), W.shape[2], W.shape[2])), None
-        return C if mu is None else C + mu[:, :, None] * mu[:, None, :], mu
+    def _moments(self, reader: Reader, g: int, d: int) -> tuple[list[Array], Array | None]:
+        """H (g, d, d) of a reader's rows in blocks, and their mean where a bias takes it up."""
+        mu, C = covariances(reader, self.stats)
+        if not C:
+            widths = [min(BLOCK, d - start) for start in range(0, d, BLOCK)] if d > WIDEST else [d]
+            return [np.broadcast_to(np.eye(w), (g, w, w)) for w in widths], None
+        if mu is None:
+            return C, None
+        parts = (part[:, 0] for part, _ in pieces(mu[:, None], C))
+        return [c + m[:, :, None] * m[:, None, :] for c, m in zip(C, parts, strict=True)], mu
 
     def rows(self) -> list[Array]:
         """Weights that make each living channel, (channels, entries), for each maker."""
@@ -141,19 +146,23 @@ class View:
             key, weight = moments_key(node), values(node.inputs[knowledge(node).weight])
             if key is not None and key in self.stats and len(weight) == len(labels):
                 stats, W = self.stats[key], matrix(node, weight.astype(np.float64))
-                C = centred(stats.second, stats.mean)
-                variance = np.maximum(np.sum((W @ C) * W, axis=2), 0).reshape(-1, 1)
+                H = stats.blocks(W.shape[2])
+                C = [centred(h, m[:, 0]) for m, h in pieces(stats.mean[:, None], H)]
+                variance = np.maximum(powers(W, C), 0).reshape(-1, 1)
                 found.append(np.sqrt(self.by_channel(variance, labels).mean(axis=1)))
         return found
 
 
-def covariance(reader: Reader, stats: Mapping[Key, Any]) -> tuple[Array | None, Array | None]:
-    """mu (g, d) where a bias takes it up, and C (g, d, d) about it, shrunk; None without data."""
+def covariances(reader: Reader, stats: Mapping[Key, Any]) -> tuple[Array | None, list[Array]]:
+    """mu (g, d) where a bias takes it up, and C about it, shrunk, in blocks on its diagonal.
+
+    Blocks are (g, width, width), one after the other; there are none without data.
+    """
     found = None if reader.key is None else stats.get(reader.key)
     if found is None or not found.count:
-        return None, None
+        return None, []
     mu = found.mean if has_place(reader.node) else None
-    return mu, shrunk(centred(found.second, mu), found.count)
+    return mu, list(quadratic(found.blocks(found.total.shape[1]), mu, found.count).blocks)
 
 
 def _without_zeros(consumer: Consumer) -> Consumer:

@@ -15,14 +15,12 @@ import onnx_graphsurgeon as gs
 
 from onnxc.core import Context
 from onnxc.lowrank import factors
-from onnxc.moments import why_no_moments
+from onnxc.moments import WIDEST, why_no_moments
 from onnxc.numerics import lowrank
 from onnxc.numerics.lowrank_structures import STRUCTURES
 from onnxc.ops import has_bias, knowledge, weight_of
 
 Ints = tuple[int, ...]
-
-WIDEST = 4608  # inputs of a layer: H takes a few copies of 8 bytes times its square
 
 
 @dataclass(frozen=True)

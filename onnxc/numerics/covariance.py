@@ -15,6 +15,8 @@ eigenvalues may come out negative: `root` takes those for 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,6 +41,19 @@ def shrunk(C: Floats, count: float, least: float = LEAST_SHRINKAGE) -> Floats:
 def centred(H: Floats, mu: Floats | None) -> Floats:
     """H − mu muᵀ, (groups, d, d); H where there is no bias to take mu up."""
     return H if mu is None else np.asarray(H - mu[:, :, None] * mu[:, None, :])
+
+
+def pieces(W: Floats, C: Sequence[Floats]) -> Iterator[tuple[Floats, Floats]]:
+    """Columns of W (groups, M, d) beside the block of C, (groups, width, width), that is theirs."""
+    start = 0
+    for block in C:
+        yield W[:, :, start : start + block.shape[1]], block
+        start += block.shape[1]
+
+
+def powers(W: Floats, C: Sequence[Floats]) -> Floats:
+    """diag(W C Wᵀ), (groups, M), of C in blocks on its diagonal."""
+    return np.asarray(sum(np.sum((w @ block) * w, axis=2) for w, block in pieces(W, C)))
 
 
 def root(C: Floats) -> Floats:

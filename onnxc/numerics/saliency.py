@@ -85,17 +85,24 @@ class Removal:
         return np.concatenate([[0.0], np.cumsum(self.losses)])
 
 
-def grouped(W: Floats, H: Floats, mu: Floats | None, columns: Sequence[Indices]) -> list[Consumer]:
+def grouped(
+    W: Floats, H: Sequence[Floats], mu: Floats | None, columns: Sequence[Indices]
+) -> list[Consumer]:
     """The consumers that the groups of one layer are, with the energy of all of them.
 
-    W: (groups, outputs, d), H: (groups, d, d), mu: (groups, d). columns: for each class, of W seen
-    as (outputs, groups · d).
+    W: (groups, outputs, d). H: blocks on its diagonal, one after the other, (groups, width, width);
+    columns of different blocks make up for nothing of each other. mu: (groups, d). columns: for
+    each class, of W seen as (outputs, groups · d).
     """
-    d = W.shape[2]
-    parts = [
-        Consumer(W[g], H[g], None if mu is None else mu[g], _within(columns, g * d, d))
-        for g in range(len(W))
-    ]
+    d, start, parts = W.shape[2], 0, list[Consumer]()
+    for block in H:
+        width = block.shape[1]
+        cut = slice(start, start + width)
+        for g in range(len(W)):
+            mean = None if mu is None else mu[g, cut]
+            inside = _within(columns, g * d + start, width)
+            parts.append(Consumer(W[g][:, cut], block[g], mean, inside))
+        start += width
     energy = sum(part.variance for part in parts)
     return [Consumer(p.W, p.H, p.mu, p.columns, energy) for p in parts]
 
@@ -141,12 +148,15 @@ def _within(columns: Sequence[Indices], begin: int, d: int) -> list[Indices]:
 class _State:
     """One consumer on its way: C⁻¹ = inverse − F Fᵀ, and the blocks that scores are made of.
 
-    index: columns of each class, (classes, k), filled up where `real` is False. P: blocks of C⁻¹,
-    the identity where there is no column. G: blocks of Wᵀ W.
+    count: of all classes. rows: by the number of a class that is consumed, in order. index: columns
+    of each of these, (classes, k), filled up where `real` is False. P: blocks of C⁻¹, the identity
+    where there is no column. G: blocks of Wᵀ W.
     """
 
     W: Floats
     inverse: Floats
+    count: int
+    rows: dict[int, int]
     index: Indices
     real: NDArray[np.bool_]
     energy: float
@@ -160,30 +170,33 @@ class _State:
 
     def scores(self) -> Floats:
         """loss_S of each class, relative; 0 for one that is gone or not consumed."""
+        found = np.zeros(self.count)
         traces = np.trace(np.linalg.solve(self.P, self.G), axis1=1, axis2=2)
-        return np.asarray(np.maximum(traces, 0) / self.energy)
+        found[list(self.rows)] = np.maximum(traces, 0) / self.energy
+        return found
 
     def take(self, chosen: int) -> None:
         """Take a class out, and let the other columns make up for it."""
-        S = self.index[chosen][self.real[chosen]]
-        if not len(S):
+        row = self.rows.get(chosen)
+        if row is None:
             return
+        S = self.index[row][self.real[row]]
         E = self.inverse[:, S] - self.F @ self.F[S].T
         B = np.linalg.inv(E[S])
         A = self.W[:, S] @ B
-        self._update_blocks(chosen, E, E @ np.linalg.cholesky((B + B.T) / 2), A)
+        self._update_blocks(row, E, E @ np.linalg.cholesky((B + B.T) / 2), A)
         self.W -= A @ E.T
         self.W[:, S] = 0
         if self.F.shape[1] >= RANK:
             self._multiply_out()
 
-    def _update_blocks(self, chosen: int, E: Floats, F: Floats, A: Floats) -> None:
+    def _update_blocks(self, row: int, E: Floats, F: Floats, A: Floats) -> None:
         e, f, cross = E[self.index], F[self.index], (self.W.T @ A)[self.index]
         both = np.matmul(cross, e.transpose(0, 2, 1))
         self.G += np.matmul(e @ (A.T @ A), e.transpose(0, 2, 1)) - both - both.transpose(0, 2, 1)
         self.P -= np.matmul(f, f.transpose(0, 2, 1))
         self.F = np.concatenate([self.F, F], axis=1)
-        self.real[chosen] = False
+        self.real[row] = False
         self._blank()
 
     def _multiply_out(self) -> None:
@@ -208,12 +221,15 @@ def _state(consumer: Consumer, damping: float) -> _State:
     C = consumer.covariance
     d, tiny = len(C), np.finfo(np.float64).tiny
     share = damping * max(float(np.trace(C)) / max(d, 1), tiny**0.5)
-    longest = max(map(len, consumer.columns), default=0)
-    index = np.zeros((len(consumer.columns), longest), np.intp)
+    count, longest = len(consumer.columns), max(map(len, consumer.columns), default=0)
+    consumed = [number for number, columns in enumerate(consumer.columns) if len(columns)]
+    rows = {number: row for row, number in enumerate(consumed)}
+    index = np.zeros((len(rows), longest), np.intp)
     real = np.zeros(index.shape, bool)
-    for row, columns in enumerate(consumer.columns):
+    for number, row in rows.items():
+        columns = consumer.columns[number]
         index[row, : len(columns)], real[row, : len(columns)] = columns, True
     energy = consumer.variance if consumer.energy is None else consumer.energy
     W = np.array(consumer.W, np.float64)
     inverse = np.asarray(np.linalg.inv(C + share * np.eye(d)), np.float64)
-    return _State(W, inverse, index, real, max(energy, tiny**0.5))
+    return _State(W, inverse, count, rows, index, real, max(energy, tiny**0.5))
