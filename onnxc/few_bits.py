@@ -7,9 +7,9 @@
     weight-only       4 bits in blocks that have a scale of their own
     MatMulNBits       the same, multiplied as they are
 
-Blocks are rounded layer after layer, too, where the model was seen at work; if not, or where that
-is asked for, each weight to the nearest. With an average of bits, each layer gets its own
-(`onnxc.bit_plan`).
+Blocks are rounded layer after layer, too, where the model was seen at work; if not, where it would
+take long, or where that is asked for, each weight to the nearest. With an average of bits, each
+layer gets its own (`onnxc.bit_plan`).
 
 (`passes.quantize_layers`, `passes.quantize_levels`.) Codes are stored in as many bits as they have,
 and unpacked as ONNX Runtime loads the file.
@@ -26,7 +26,8 @@ from typing import Literal
 from onnxc.bit_plan import WIDTHS, planned
 from onnxc.core import Pass
 from onnxc.errors import OptionError
-from onnxc.ops import bounds, is_absorbed
+from onnxc.graph import Model
+from onnxc.ops import bounds, is_absorbed, knowledge, weight_of
 from onnxc.search import AUTO_RANGES, BLOCK, WIDE_OPSET, blocks_of_four, operators
 from onnxc.storage.codebooks import NIBBLE, NIBBLE_OPSET, least_opset
 from onnxc.workpiece import Workpiece
@@ -45,6 +46,8 @@ Activations = Literal["auto", 8, 16, "float"]
 OfLayers = QuantizeLayers | QuantizeLevels
 IN_FLOAT = ", in float"  # ends the names of ways on levels
 FLOATS = ("weight-only", "rounded")
+RATE = 4e8  # of `_work` a second, for rounding a layer by its outputs, on one core
+MOST_WORK = 600 * RATE  # where nobody asked for it
 LEAST = 1024  # bytes of a weight that is worth a chain of nodes
 
 
@@ -82,7 +85,7 @@ def ways(wanted: Wanted, piece: Workpiece) -> Mapping[str, tuple[Pass, ...]]:
     found = _in_float(wanted, piece) if convolves or not has_blocks else {}
     if not has_blocks or (convolves and wanted.is_asked):
         return found
-    cut = _in_blocks(layers, piece.is_measured)
+    cut = _in_blocks(layers, wanted.is_asked, piece)
     return {**found, **blocks_of_four(piece.model, piece.context, *cut)}
 
 
@@ -105,11 +108,29 @@ def _of_levels(
     return _in_integers(wanted, piece)
 
 
-def _in_blocks(layers: QuantizeLayers, is_measured: bool) -> tuple[Pass, ...]:
+def _in_blocks(layers: QuantizeLayers, is_asked: bool, piece: Workpiece) -> tuple[Pass, ...]:
     """What rounds weights ahead of storing them in blocks."""
-    if layers.rounding == "nearest" or not is_measured:
+    if layers.rounding == "nearest" or not piece.is_measured:
+        return ()
+    work = _work(piece.model)
+    if work > MOST_WORK and not is_asked:
+        piece.calibration.notes.append(
+            f"weights are rounded to the nearest: by the outputs of their layers it takes about "
+            f"{work / RATE / 60:.0f} minutes of a processor core; ask for it by --rounding descent"
+        )
         return ()
     return (replace(layers, block=BLOCK, smallest=LEAST),)
+
+
+def _work(model: Model) -> float:
+    """Multiplications of all weights W (outputs, d) with the moments (d, d) of their inputs."""
+    found = 0.0
+    for node in model.graph.nodes:
+        weight, row = weight_of(node), knowledge(node)
+        if weight is not None and row.window is not None and row.out_axis is not None:
+            size, outputs = math.prod(weight.shape), weight.shape[row.out_axis(node)]
+            found += size * (size / max(outputs, 1))
+    return found
 
 
 def _opset(wanted: Wanted) -> int:

@@ -14,7 +14,7 @@ from calls import call, report_of
 
 import onnxc
 from calib.data import Preprocess
-from onnxc import api, request, search, targets
+from onnxc import api, few_bits, request, search, targets
 from onnxc.cost import inspect
 from onnxc.errors import OptionError
 from onnxc.recipe import Recipe, loads
@@ -311,6 +311,18 @@ def test_products_in_blocks_of_four_bits_are_rounded_by_their_outputs(capsys: An
     assert found["after"]["bytes"] < found["before"]["bytes"] / 4
     names = [p.name for p in loads(found["recipe"]).passes]
     assert names[-3:] == ["upgrade-opset", "quantize-layers", "quantize-weights"]
+
+
+def test_what_takes_long_is_only_done_where_it_is_asked_for(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_bits, "MOST_WORK", 1.0)
+    arguments = ("quantize", TOKENS, "--data", TOKEN_DATA, "--samples", 10, "--bits", 4)
+    found = report_of(capsys, *arguments, "-o", "o.onnx")
+    assert "quantize-layers" not in found["recipe"]
+    assert any("are rounded to the nearest" in note for note in found["notes"])
+    asked = report_of(capsys, *arguments, "--rounding", "descent", "-o", "o.onnx", "--dry-run")
+    assert not any("are rounded to the nearest" in note for note in asked["notes"])
 
 
 def test_made_up_samples_round_no_layers(capsys: Any) -> None:
