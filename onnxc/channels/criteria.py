@@ -78,7 +78,7 @@ class View:
 
     @cached_property
     def consumers(self) -> list[Consumer]:
-        """What reads the living channels, one entry for each group of a convolution."""
+        """What reads the living channels, for each group of a convolution and block of moments."""
         return [consumer for reader in self.readers for consumer in self._consumers(reader)]
 
     def _consumers(self, reader: Reader) -> Iterable[Consumer]:
