@@ -33,6 +33,7 @@ from onnxc.report import (
 from onnxc.words import (
     Row,
     by_reason,
+    compared,
     count_text,
     kind_of,
     left_alone,
@@ -63,7 +64,8 @@ def render(report: Report) -> RenderableType:
     parts += [*front_table(report.points), *_done(report)]
     title = "left alone" if report.coverage is None else "run in float"
     parts += grouped(title, left_alone(report))
-    parts += notes_of((*report.notes, *zeros_notes(report), *untold(report)))
+    notes = (*compared(report), *report.notes, *zeros_notes(report), *untold(report))
+    parts += notes_of(notes)
     return Group(*parts, *effort(report.seconds, report.memory_peak))
 
 

@@ -126,6 +126,11 @@ def zeros_notes(report: Report) -> Iterator[str]:
     yield "stock runtimes multiply by zeros too: no speed is gained from them"
 
 
+def compared(report: Report) -> tuple[str, ...]:
+    """What of the outputs is not compared."""
+    return () if report.comparison is None else report.comparison.notes
+
+
 def untold(report: Report) -> Iterator[str]:
     """How many nodes were left alone besides the heavy ones, which are told by their kernels."""
     if report.coverage is None:

@@ -219,6 +219,7 @@ def test_odd_figures_are_drawn_too() -> None:
     with warnings.catch_warnings(action="error"):
         text = Reader(to_html(odd)).texts
     assert "SQNR -inf dB; the outputs name no classes" in text["accuracy"]
+    assert "odd" in text["notes"]
     assert "no value" not in text["ranges"] and "2.00x larger" in text["header"]
 
 

@@ -170,6 +170,13 @@ def test_a_preview_counts_changes_of_a_kind() -> None:
     assert "way: none no node is quantized" in words
 
 
+def test_what_is_not_compared_is_told() -> None:
+    assert GOOD.comparison is not None
+    partly = replace(GOOD.comparison, notes=("50.0% of output 'y' are NaN",))
+    told = shown(render(replace(GOOD, comparison=partly)))
+    assert "· 50.0% of output 'y' are NaN" in told and "· 3 images" in told
+
+
 def test_effort_notes_and_headline() -> None:
     text = shown(render(replace(GOOD, headline="made without data")))
     assert text.startswith("made without data")

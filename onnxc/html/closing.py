@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from onnxc.html import figures
 from onnxc.html.parts import Code, Notes, Part, Picture, Prose, Table
 from onnxc.report import Benchmark, Report, Validation
-from onnxc.words import size_text, zeros_notes
+from onnxc.words import compared, size_text, zeros_notes
 
 
 def front(report: Report) -> Iterator[Part]:
@@ -43,7 +43,7 @@ def notes(report: Report | Validation | Benchmark) -> Iterator[Part]:
     """Sentences of the data, the choice, the model."""
     found = list(report.notes)
     if isinstance(report, Report):
-        found += zeros_notes(report)
+        found += (*compared(report), *zeros_notes(report))
     if isinstance(report, Validation):
         found += report.comparison.notes
         found += [f"test vectors are in {report.vectors}"] if report.vectors else []
