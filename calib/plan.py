@@ -10,9 +10,9 @@ r being the rows of layers that wait to be multiplied.
 * **Segments**: where that exceeds the bound for b = 1, the taps are split into groups, each with a
   session of its own on the part of the model that its taps need; the data is read once a segment.
   Where the bound cannot be met, segments no smaller than l are used: less would gain little.
-* **Blocks**: of layers with more than WIDEST inputs only blocks on the diagonal of the moments are
-  kept; where the moments take more than half of what weights and one run leave, those of the widest
-  layers are halved until all fit.
+* **Blocks**: of layers with very many inputs (`onnxc.moments`) only blocks on the diagonal of the
+  moments are kept; where the moments take more than half of what weights and one run leave, those
+  of the widest layers are halved until all fit.
 * **Parts**: the samples are cut into a few parts; each part's statistics are gathered alone and
   merged in order. Parts depend on the number of samples and the batch, not on who gathers them, so
   one process and many workers add the same numbers in the same order: equal to the last bit.
@@ -35,7 +35,7 @@ from calib.data import Dataset
 from calib.inputs import fixed_batch
 from calib.observers import BINS
 from onnxc.core import Key
-from onnxc.moments import BLOCK, WIDEST
+from onnxc.moments import BLOCK, is_wide
 from onnxc.numerics.patches import Window, length
 
 MIB = 1 << 20
@@ -151,7 +151,8 @@ def blocks_within(keys: Iterable[Key], layouts: Layouts, room: int) -> dict[Key,
     """Columns of the blocks of the layers whose moments are too wide to be kept whole."""
     sized = [key for key in keys if key.what == "moments" and key.name in layouts]
     columns = {key: length(layouts[key.name].shape, *_cut(key)) for key in sized}
-    blocks = {key: BLOCK for key in sized if _is_too_wide(key, columns[key])}
+    never_whole = [key for key in sized if is_wide(_cut(key)[1].groups, columns[key])]
+    blocks = {key: BLOCK for key in never_whole if columns[key] > BLOCK}
     bytes_of = {key: held_bytes(key, layouts, blocks.get(key)) for key in sized}
     while sum(bytes_of.values()) > room:
         wide = [key for key in sized if blocks.get(key, columns[key]) > NARROWEST]
@@ -161,10 +162,6 @@ def blocks_within(keys: Iterable[Key], layouts: Layouts, room: int) -> dict[Key,
         blocks[widest] = -(-blocks.get(widest, columns[widest]) // 2)
         bytes_of[widest] = held_bytes(widest, layouts, blocks[widest])
     return blocks
-
-
-def _is_too_wide(key: Key, d: int) -> bool:
-    return d > BLOCK and _cut(key)[1].groups * d * d > WIDEST**2
 
 
 def _split(bytes_of: Mapping[str, int], room: int) -> tuple[tuple[str, ...], ...]:

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnxc.core import Context, Goal, Key
 from onnxc.graph import captured
-from onnxc.moments import WIDEST, moments_key, why_no_moments
+from onnxc.moments import is_wide, moments_key, why_no_moments
 from onnxc.ops import (
     QUANTIZERS,
     bounds,
@@ -52,7 +52,7 @@ def why_no_goal(node: gs.Node, context: Context) -> str:
     if len(weight.shape) > 2 and not row.window(node).kernel:
         return f"the outputs of {node.op} overlap"
     d = math.prod(weight.shape) // _channels(node)[0]
-    if row.window(node).groups * d * d > WIDEST**2:
+    if is_wide(row.window(node).groups, d):
         return f"with {d} inputs it is too wide"
     other = next((user for user in weight.outputs if user is not node), None)
     if other is not None:

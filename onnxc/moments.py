@@ -23,6 +23,11 @@ WIDEST = 4608  # columns, √(groups) d, of which H is kept whole: a few copies 
 BLOCK = 1024  # columns of its blocks where there are more
 
 
+def is_wide(groups: int, d: int) -> bool:
+    """Whether H of so many groups of rows with d columns is too much to keep whole."""
+    return groups * d * d > WIDEST**2
+
+
 def moments_key(node: gs.Node, what: str = "moments") -> Key | None:
     """The key of the moments of a node's input; None where `why_no_moments` says why.
 

@@ -21,15 +21,16 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxc.biases import shift_bias
-from onnxc.channels.criteria import Name, View, covariances, rank, wanted
+from onnxc.channels.criteria import Name, View, error, rank, wanted
 from onnxc.channels.groups import Group, find_channels
 from onnxc.channels.readers import Reader
 from onnxc.core import Change, Context, Key, Skip, register
 from onnxc.errors import OptionError
 from onnxc.graph import fresh, nbytes, store
 from onnxc.moments import mean_output
-from onnxc.numerics.covariance import pieces, powers
+from onnxc.numerics.covariance import pieces
 from onnxc.numerics.refit import Moments, solve
+from onnxc.numerics.sparse import Quadratic
 
 Array = NDArray[Any]
 
@@ -132,8 +133,8 @@ class Prune:
         """Set columns of a reader's weight to zero, and fit the others to its outputs."""
         W = reader.matrix()
         cut = np.where(_spread(columns, W), 0, W)
-        mu, C = covariances(reader, context.stats)
-        new = _updated(W, cut, C) if C and self.update else cut
+        mu, E = error(reader, context.stats)
+        new = _updated(W, cut, E) if E.blocks and self.update else cut
         old = reader.node.inputs[reader.slot.position]
         weight = reader.to_weight(new)
         made = store(graph, fresh(graph, f"{old.name}_pruned"), weight)
@@ -141,7 +142,7 @@ class Prune:
         if mu is not None:
             shift = mean_output(reader.node, reader.to_weight(W - new), mu)
             shift_bias(graph, reader.node, shift, "pruned")
-        what = f"{len(columns)} of {W.shape[0] * W.shape[2]} inputs out{_errors(W, cut, new, C)}"
+        what = f"{len(columns)} of {W.shape[0] * W.shape[2]} inputs out{_errors(W, cut, new, E)}"
         yield Change(reader.node.name, what, nbytes(old), nbytes(made))
 
 
@@ -177,21 +178,21 @@ def _spread(columns: Array, W: Array) -> Array:
     return np.broadcast_to(mask.reshape(W.shape[0], 1, W.shape[2]), W.shape)
 
 
-def _updated(W: Array, cut: Array, C: Sequence[Array]) -> Array:
-    """What is left of W, fitted to the outputs of W about their mean; C: in blocks."""
+def _updated(W: Array, cut: Array, E: Quadratic) -> Array:
+    """What is left of W, fitted to the outputs of W about their mean, block by block."""
     found = []
-    for (w, block), (left, _) in zip(pieces(W, C), pieces(cut, C), strict=True):
+    for (w, C), (left, _) in zip(pieces(W, E.blocks), pieces(cut, E.blocks), strict=True):
         g, M, d = w.shape
-        m = Moments(block, w @ block, np.zeros((g, M)), np.zeros((g, d)), np.zeros((g, M)))
+        m = Moments(C, w @ C, np.zeros((g, M)), np.zeros((g, d)), np.zeros((g, M)))
         found.append(solve(m, left, np.zeros((g, M)), left != 0, RIDGE)[0])
     return np.concatenate(found, axis=2)
 
 
-def _errors(W: Array, cut: Array, new: Array, C: Sequence[Array]) -> str:
+def _errors(W: Array, cut: Array, new: Array, E: Quadratic) -> str:
     """Errors of a reader's outputs without and with the update, relative to their variance."""
-    if not C:
+    if not E.blocks:
         return ", without data"
-    power, *errors = (float(powers(D, C).sum()) for D in (W, W - cut, W - new))
+    power, *errors = (E.error(D) for D in (W, W - cut, W - new))
     if power <= 0:
         return ""
     before, after = (f"{error / power:.2%}" for error in errors)

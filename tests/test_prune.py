@@ -89,8 +89,8 @@ def test_moments_of_wide_layers_are_never_whole(
     criterion: Any, has_data: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A convolution over 28,224 inputs took more memory than there was."""
+    monkeypatch.setattr("onnxc.moments.WIDEST", 30)
     for name in ("calib.plan", "onnxc.channels.criteria"):
-        monkeypatch.setattr(f"{name}.WIDEST", 30)
         monkeypatch.setattr(f"{name}.BLOCK", 20)
     monkeypatch.setattr(MomentsObserver, "second", property(lambda self: pytest.fail("whole")))
     model, pass_ = opened(), Prune(ratio=0.25, criterion=criterion)
@@ -107,7 +107,7 @@ def test_moments_of_wide_layers_are_never_whole(
 def test_blocks_cost_little_of_what_the_update_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = []
     for block, update in ((1024, True), (36, True), (1024, False)):
-        monkeypatch.setattr("calib.plan.WIDEST", block)
+        monkeypatch.setattr("onnxc.moments.WIDEST", block)
         monkeypatch.setattr("calib.plan.BLOCK", block)
         model, pass_ = opened(), Prune(ratio=0.5, update=update)
         pass_.apply(model.graph, with_stats(model, pass_))

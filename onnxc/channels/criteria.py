@@ -22,11 +22,11 @@ from onnxc.channels.groups import Group
 from onnxc.channels.readers import Reader, readers
 from onnxc.core import Key
 from onnxc.edit import values
-from onnxc.moments import BLOCK, WIDEST, matrix, moments_key
+from onnxc.moments import BLOCK, is_wide, matrix, moments_key
 from onnxc.numerics import criteria
-from onnxc.numerics.covariance import centred, pieces, powers
+from onnxc.numerics.covariance import centred, pieces
 from onnxc.numerics.saliency import Consumer, grouped, remove
-from onnxc.numerics.sparse import quadratic
+from onnxc.numerics.sparse import Quadratic, quadratic
 from onnxc.ops import knowledge
 
 Array = NDArray[Any]
@@ -89,14 +89,14 @@ class View:
 
     def _moments(self, reader: Reader, g: int, d: int) -> tuple[list[Array], Array | None]:
         """H (g, d, d) of a reader's rows in blocks, and their mean where a bias takes it up."""
-        mu, C = covariances(reader, self.stats)
-        if not C:
-            widths = [min(BLOCK, d - start) for start in range(0, d, BLOCK)] if d > WIDEST else [d]
+        mu, E = error(reader, self.stats)
+        if not E.blocks:
+            step = BLOCK if is_wide(g, d) else d
+            widths = [min(step, d - start) for start in range(0, d, max(step, 1))]
             return [np.broadcast_to(np.eye(w), (g, w, w)) for w in widths], None
         if mu is None:
-            return C, None
-        parts = (part[:, 0] for part, _ in pieces(mu[:, None], C))
-        return [c + m[:, :, None] * m[:, None, :] for c, m in zip(C, parts, strict=True)], mu
+            return list(E.blocks), None
+        return [C + m[:, :, None] * m[:, None, :] for m, C in pieces(mu, E.blocks)], mu
 
     def rows(self) -> list[Array]:
         """Weights that make each living channel, (channels, entries), for each maker."""
@@ -147,22 +147,19 @@ class View:
             if key is not None and key in self.stats and len(weight) == len(labels):
                 stats, W = self.stats[key], matrix(node, weight.astype(np.float64))
                 H = stats.blocks(W.shape[2])
-                C = [centred(h, m[:, 0]) for m, h in pieces(stats.mean[:, None], H)]
-                variance = np.maximum(powers(W, C), 0).reshape(-1, 1)
+                E = Quadratic(tuple(centred(h, m) for m, h in pieces(stats.mean, H)))
+                variance = np.maximum(np.sum(E.times(W) * W, axis=2), 0).reshape(-1, 1)
                 found.append(np.sqrt(self.by_channel(variance, labels).mean(axis=1)))
         return found
 
 
-def covariances(reader: Reader, stats: Mapping[Key, Any]) -> tuple[Array | None, list[Array]]:
-    """mu (g, d) where a bias takes it up, and C about it, shrunk, in blocks on its diagonal.
-
-    Blocks are (g, width, width), one after the other; there are none without data.
-    """
+def error(reader: Reader, stats: Mapping[Key, Any]) -> tuple[Array | None, Quadratic]:
+    """mu (g, d) where a bias takes it up, and E of a reader about it; no blocks without data."""
     found = None if reader.key is None else stats.get(reader.key)
     if found is None or not found.count:
-        return None, []
+        return None, Quadratic()
     mu = found.mean if has_place(reader.node) else None
-    return mu, list(quadratic(found.blocks(found.total.shape[1]), mu, found.count).blocks)
+    return mu, quadratic(found.blocks(found.total.shape[1]), mu, found.count)
 
 
 def _without_zeros(consumer: Consumer) -> Consumer:

@@ -15,7 +15,7 @@ eigenvalues may come out negative: `root` takes those for 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,17 +43,12 @@ def centred(H: Floats, mu: Floats | None) -> Floats:
     return H if mu is None else np.asarray(H - mu[:, :, None] * mu[:, None, :])
 
 
-def pieces(W: Floats, C: Sequence[Floats]) -> Iterator[tuple[Floats, Floats]]:
-    """Columns of W (groups, M, d) beside the block of C, (groups, width, width), that is theirs."""
+def pieces(W: Floats, blocks: Iterable[Floats]) -> Iterator[tuple[Floats, Floats]]:
+    """Columns of W (..., d), each beside its block (groups, width, width) on a diagonal."""
     start = 0
-    for block in C:
-        yield W[:, :, start : start + block.shape[1]], block
+    for block in blocks:
+        yield W[..., start : start + block.shape[1]], block
         start += block.shape[1]
-
-
-def powers(W: Floats, C: Sequence[Floats]) -> Floats:
-    """diag(W C Wᵀ), (groups, M), of C in blocks on its diagonal."""
-    return np.asarray(sum(np.sum((w @ block) * w, axis=2) for w, block in pieces(W, C)))
 
 
 def root(C: Floats) -> Floats:

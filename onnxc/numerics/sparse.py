@@ -37,7 +37,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxc.numerics.covariance import LEAST_SHRINKAGE, shrunk
+from onnxc.numerics.covariance import LEAST_SHRINKAGE, centred, pieces, shrunk
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -93,16 +93,8 @@ def quadratic(
 
     count: rows that the moments are of. least: of λ.
     """
-    blocks, start = [], 0
-    for block in H:
-        width = block.shape[1]
-        C = block.copy()
-        if mu is not None:
-            part = mu[:, start : start + width]
-            C -= part[:, :, None] * part[:, None, :]
-        blocks.append(shrunk(C, count, least))
-        start += width
-    return Quadratic(tuple(blocks))
+    found = H if mu is None else [centred(block, part) for part, block in pieces(mu, H)]
+    return Quadratic(tuple(shrunk(C, count, least) for C in found))
 
 
 def largest(keep: int) -> Pattern:
@@ -287,10 +279,7 @@ def damped(Y: Array, spectra: Sequence[tuple[Array, Array]], rho: Any) -> Array:
 def _by_blocks(D: Array, blocks: Sequence[Array]) -> Array:
     if not blocks:
         return np.asarray(D)
-    parts, start = [], 0
-    for block in blocks:
-        parts.append(D[..., start : start + block.shape[1]] @ block)
-        start += block.shape[1]
+    parts = [part @ block for part, block in pieces(D, blocks)]
     return np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1))
 
 
