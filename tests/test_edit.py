@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from conftest import Outputs, Parse
 
+from onnxc.edit import clone
 from onnxc.graph import (
     Model,
     become,
@@ -184,6 +185,16 @@ def test_set_opset_reaches_the_file_and_the_bodies(parse: Parse) -> None:
     set_opset(model.graph, 19)
     assert {opset(inner) for inner in walk(model.graph)} == {19}
     assert [(o.domain, o.version) for o in to_proto(model).opset_import] == [("", 19)]
+
+
+def test_a_clone_shares_no_body_and_no_list_with_its_original(parse: Parse) -> None:
+    graph = load(parse(NESTED, w=W)).graph
+    graph.nodes[0].attrs["axes"] = [1]
+    twin = clone(graph)
+    assert [inner.name for inner in walk(twin)] == [inner.name for inner in walk(graph)]
+    assert not {id(inner) for inner in walk(twin)} & {id(inner) for inner in walk(graph)}
+    twin.nodes[0].attrs["axes"].append(2)
+    assert graph.nodes[0].attrs["axes"] == [1]
 
 
 def test_become_takes_over_another_graph(parse: Parse, outputs: Outputs) -> None:

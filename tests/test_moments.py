@@ -20,7 +20,7 @@ from calib.plan import BASE, MIB, MOST_PARTS, parts
 from onnxc.core import Key
 from onnxc.errors import OptionError
 from onnxc.graph import load
-from onnxc.moments import moments_key, moments_keys, why_no_moments
+from onnxc.moments import matrix, moments_key, moments_keys, why_no_moments
 from onnxc.numerics.patches import Window, rows
 
 Array = NDArray[Any]
@@ -169,6 +169,12 @@ def test_memory_decides_the_blocks_and_the_report_says_so() -> None:
     np.testing.assert_array_equal(
         cut.stats[key].second[0, :600, :600], whole.stats[key].second[0, :600, :600]
     )
+
+
+def test_a_weight_without_inputs_is_a_matrix_without_columns() -> None:
+    text = "g (float[N,0] x, float[0,4] W) => (float[N,4] y) { y = MatMul (x, W) }"
+    (node,) = load(bind(text, W=np.zeros((0, 4), np.float32))).graph.nodes
+    assert matrix(node, np.zeros((0, 4))).shape == (1, 4, 0)
 
 
 def test_moments_of_very_wide_layers_are_kept_in_blocks() -> None:
